@@ -1,0 +1,45 @@
+# `make demo` and `make test` do all the set-up on a fresh machine: Python >= 3.11 and nothing else.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test test-slow parity lint clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python train.py --config configs/bccd.py
+	$(BIN)/python eval.py --checkpoint runs/bccd --pictures runs/bccd/pictures --results runs/bccd/results.json
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m slow
+
+parity: $(VENV)/.installed-parity
+	$(BIN)/python -m pytest -m parity
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@
+
+$(VENV)/.installed-parity: $(VENV)/.installed-test
+	$(BIN)/pip install --quiet '$(TORCH)' 'transformers>=5' safetensors
+	touch $@

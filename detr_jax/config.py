@@ -1,0 +1,322 @@
+"""Configuration: frozen dataclasses, one constructor per published variant.
+
+A recipe in `configs/` is a Python file that assigns a `Config` to the name `config`; the command line overrides any of
+its fields (`--train.batch-size 16`).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneConfig:
+    """A ResNet with torchvision's semantics (stride in the 3x3 convolution)."""
+
+    depth: Literal[18, 34, 50, 101] = 50
+    """Number of layers."""
+    norm: Literal["frozen_batch", "group"] = "frozen_batch"
+    """`frozen_batch` for pretrained weights (statistics and affine are constants), `group` to train from scratch."""
+    dilation: bool = False
+    """DC5: the last stage keeps stride 16 and dilates its 3x3 convolutions by 2."""
+    freeze_at: Literal[0, 1, 2] = 2
+    """Layers that are not trained: 0 none, 1 the stem, 2 the stem and the first stage (the published recipes)."""
+    mask_padding: bool = False
+    """Zero the padding after every layer, so that an image gives the same boxes in any canvas. Off in the official code."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DETRConfig:
+    """DETR (Carion et al., ECCV 2020)."""
+
+    backbone: BackboneConfig = BackboneConfig()
+    """The convolutional backbone."""
+    num_classes: int = 91
+    """Object classes, without "no object". Training reads it off the annotations."""
+    hidden_dim: int = 256
+    """Width of the transformer."""
+    num_heads: int = 8
+    """Attention heads; must divide `hidden_dim`."""
+    encoder_layers: int = 6
+    """Transformer encoder layers."""
+    decoder_layers: int = 6
+    """Transformer decoder layers; each one is supervised."""
+    ffn_dim: int = 2048
+    """Hidden width of the feed-forward blocks."""
+    dropout: float = 0.1
+    """Dropout rate in training."""
+    num_queries: int = 100
+    """Object queries: the most boxes that an image can get."""
+    pre_norm: bool = False
+    """LayerNorm before each block (and after the encoder) instead of after it."""
+    position: Literal["sine", "learned"] = "sine"
+    """Position encoding of the feature map."""
+    dtype: Dtype = "float32"
+    """Compute type; parameters, coordinates and losses stay float32."""
+
+    @classmethod
+    def r50(cls) -> "DETRConfig":
+        """DETR-R50: AP 42.0 after 500 epochs."""
+        return cls()
+
+    @classmethod
+    def r50_dc5(cls) -> "DETRConfig":
+        """DETR-DC5-R50: AP 43.3 after 500 epochs."""
+        return cls(backbone=BackboneConfig(dilation=True))
+
+    @classmethod
+    def r101(cls) -> "DETRConfig":
+        """DETR-R101: AP 43.5 after 500 epochs."""
+        return cls(backbone=BackboneConfig(depth=101))
+
+    @classmethod
+    def r101_dc5(cls) -> "DETRConfig":
+        """DETR-DC5-R101: AP 44.9 after 500 epochs."""
+        return cls(backbone=BackboneConfig(depth=101, dilation=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class DeformableDETRConfig:
+    """Deformable DETR (Zhu et al., ICLR 2021)."""
+
+    backbone: BackboneConfig = BackboneConfig()
+    """The convolutional backbone."""
+    num_classes: int = 91
+    """Outputs of the class head (sigmoid, no "no object"). Training reads it off the annotations."""
+    hidden_dim: int = 256
+    """Width of the transformer."""
+    num_heads: int = 8
+    """Attention heads; must divide `hidden_dim`."""
+    encoder_layers: int = 6
+    """Transformer encoder layers."""
+    decoder_layers: int = 6
+    """Transformer decoder layers; each one is supervised."""
+    ffn_dim: int = 1024
+    """Hidden width of the feed-forward blocks."""
+    dropout: float = 0.1
+    """Dropout rate in training."""
+    num_queries: int = 300
+    """Object queries: the most boxes that an image can get."""
+    num_levels: int = 4
+    """Feature levels: 1 is C5 alone; 2-3 end at C5 (`C4, C5`, `C3, C4, C5`); each further one is a stride-2 convolution."""
+    encoder_points: int = 4
+    """Sampling points per head and level in the encoder."""
+    decoder_points: int = 4
+    """Sampling points per head and level in the decoder."""
+    box_refinement: bool = False
+    """Each decoder layer refines the boxes of the layer before (paper section 4.2)."""
+    two_stage: bool = False
+    """The encoder proposes the queries' boxes (paper section 4.3); needs `box_refinement`."""
+    implementation: str | None = None
+    """Implementation of `pallas_kernels.ms_deform_attn`; `None` takes the best for the platform."""
+    dtype: Dtype = "float32"
+    """Compute type; parameters, coordinates and losses stay float32."""
+
+    def __post_init__(self):
+        if self.two_stage and not self.box_refinement:
+            raise ValueError("model.two_stage needs model.box_refinement: pass --model.box-refinement too")
+
+    @classmethod
+    def r50_single_scale(cls) -> "DeformableDETRConfig":
+        """Single-scale Deformable DETR: AP 39.4 after 50 epochs."""
+        return cls(num_levels=1)
+
+    @classmethod
+    def r50_single_scale_dc5(cls) -> "DeformableDETRConfig":
+        """Single-scale Deformable DETR, DC5: AP 41.5 after 50 epochs."""
+        return cls(num_levels=1, backbone=BackboneConfig(dilation=True))
+
+    @classmethod
+    def r50(cls) -> "DeformableDETRConfig":
+        """Multi-scale Deformable DETR: AP 44.5 after 50 epochs."""
+        return cls()
+
+    @classmethod
+    def r50_refine(cls) -> "DeformableDETRConfig":
+        """+ iterative bounding box refinement: AP 46.2 after 50 epochs."""
+        return cls(box_refinement=True)
+
+    @classmethod
+    def r50_two_stage(cls) -> "DeformableDETRConfig":
+        """++ two-stage: AP 46.9 after 50 epochs."""
+        return cls(box_refinement=True, two_stage=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Set prediction: matching costs and loss weights. The defaults are Deformable DETR's."""
+
+    classification: Literal["focal", "softmax"] = "focal"
+    """`focal` (sigmoid, Deformable DETR) or `softmax` with a last "no object" class (DETR)."""
+    class_weight: float = 2.0
+    """Weight of the classification loss."""
+    l1_weight: float = 5.0
+    """Weight of the L1 box loss."""
+    giou_weight: float = 2.0
+    """Weight of the GIoU box loss."""
+    class_cost: float = 2.0
+    """Weight of the classification cost in the matching."""
+    l1_cost: float = 5.0
+    """Weight of the L1 cost in the matching."""
+    giou_cost: float = 2.0
+    """Weight of the GIoU cost in the matching."""
+    focal_alpha: float = 0.25
+    """Focal loss: weight of the positives."""
+    focal_gamma: float = 2.0
+    """Focal loss: focusing exponent."""
+    no_object_weight: float = 0.1
+    """Softmax loss: weight of the "no object" class."""
+    aux_loss: bool = True
+    """Supervise every decoder layer, each matched on its own."""
+    matcher: Literal["device", "scipy"] = "device"
+    """`device` matches inside the jitted step; `scipy` calls back to the host."""
+
+    @classmethod
+    def detr(cls) -> "LossConfig":
+        """DETR's softmax loss."""
+        return cls(classification="softmax", class_weight=1.0, class_cost=1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how each one is augmented (all sizes in pixels)."""
+
+    root: str = ""
+    """A COCO-format folder: `train2017/ val2017/ annotations/`, or `images/` with `annotations.json` or `annotations/`."""
+    train_annotations: str | None = None
+    """Training annotations, absolute or below `root`; `None` finds them."""
+    train_images: str | None = None
+    """Folder of the training images, absolute or below `root`; `None` finds it."""
+    val_annotations: str | None = None
+    """Validation annotations, absolute or below `root`; `None` finds them."""
+    val_images: str | None = None
+    """Folder of the validation images, absolute or below `root`; `None` finds it."""
+    tfds: str | None = None
+    """A prepared TFDS data set instead of `root`, such as `coco/2017` (ArrayRecord files)."""
+    tfds_dir: str | None = None
+    """TFDS data directory; `None` is the TFDS default."""
+    engine: Literal["auto", "tf", "pillow"] = "auto"
+    """Reads and decodes: tf.data, or Pillow and threads (same batches); `auto` is tf.data where it is installed."""
+    workers: int = 8
+    """Threads that read and decode, per host."""
+    prefetch: int = 4
+    """Batches prepared ahead of the step, per host."""
+    cache: bool = False
+    """Keep decoded images in the host's memory: for data sets of some hundred photos."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """A missing or truncated image, or one whose size is not the annotated one: stop before training, or skip and report."""
+    on_bad_annotation: Literal["error", "skip"] = "error"
+    """A box of an unknown image or category, or entirely outside its image: stop before training, or skip and report."""
+    max_source_side: int = 1333
+    """Photos with a longer side are shrunk on the host to this before they go to the device."""
+    flip: bool = True
+    """Flip half of the training images."""
+    scales: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
+    """Training: the shorter side is resized to one of these."""
+    max_size: int = 1333
+    """The longer side is never larger than this, in training and evaluation."""
+    crop: bool = True
+    """Half of the training images are resized, cropped at random and resized again (the paper's crop branch)."""
+    crop_scales: tuple[int, ...] = (400, 500, 600)
+    """Crop branch: the shorter side before the crop."""
+    crop_size: tuple[int, int] = (384, 600)
+    """Crop branch: smallest and largest side of the crop."""
+    eval_scale: int = 800
+    """Evaluation: the shorter side."""
+    buckets: tuple[tuple[int, int], ...] | None = None
+    """Canvases (height, width) that batches are padded to, each compiled once; `None` derives them from the sizes above."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with learning-rate groups and one drop (paper appendix A.4)."""
+
+    lr: float = 2e-4
+    """Learning rate of the transformer and the heads."""
+    backbone_lr_factor: float = 0.1
+    """The backbone's learning rate, relative to `lr`."""
+    offsets_lr_factor: float = 0.1
+    """That of the layers which predict `sampling_offsets` and `reference_points`, relative to `lr`."""
+    weight_decay: float = 1e-4
+    """AdamW weight decay, on every trained parameter."""
+    clip_norm: float = 0.1
+    """Gradients are clipped to this global norm."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    drop_at: float = 0.8
+    """The learning rate drops after this share of the training."""
+    drop_factor: float = 0.1
+    """... to this factor."""
+    ema_decay: float = 0.0
+    """Exponential moving average of the parameters, evaluated instead of them; 0 is off."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The run."""
+
+    output_dir: str = "runs/default"
+    """Checkpoints, logs and pictures. The same command again resumes from the newest checkpoint in it."""
+    init_backbone: str | None = None
+    """Start from torchvision's ResNet weights in this `.safetensors` or `.pth` file (for `norm="frozen_batch"`)."""
+    batch_size: int = 32
+    """Global batch over all devices and hosts."""
+    epochs: int = 50
+    """Passes over the training images."""
+    seed: int = 0
+    """Seeds the parameters, the sampler and dropout."""
+    log_every: int = 50
+    """Steps between log lines."""
+    eval_every: int = 1
+    """Epochs between evaluations; 0 evaluates only at the end."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; one is also saved at every evaluation, at the end and on SIGTERM or Ctrl-C."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept."""
+    keep_best: int = 1
+    """Best checkpoints, by validation AP, that are kept too."""
+    max_steps: int | None = None
+    """Stop after this many steps as if interrupted, for trying things out; the schedule still follows `epochs`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything a run depends on."""
+
+    model: DETRConfig | DeformableDETRConfig = DeformableDETRConfig()
+    """Architecture."""
+    loss: LossConfig = LossConfig()
+    """Matching and losses."""
+    data: DataConfig = DataConfig()
+    """Images and augmentation."""
+    optim: OptimConfig = OptimConfig()
+    """Optimiser and schedule."""
+    train: TrainConfig = TrainConfig()
+    """The run."""
+
+
+def from_dict(values: Mapping[str, Any], model: str) -> Config:
+    """The `Config` that `dataclasses.asdict` was called on, also after a round trip through JSON.
+
+    Args:
+        values: nested fields.
+        model: class name of `Config.model`.
+
+    Raises:
+        TypeError: a field that does not exist in this version.
+    """
+    parts = {"loss": LossConfig, "data": DataConfig, "optim": OptimConfig, "train": TrainConfig}
+    sections: dict[str, Any] = {name: cls(**_tuples(values[name])) for name, cls in parts.items()}
+    fields = _tuples(values["model"])
+    fields["backbone"] = BackboneConfig(**fields["backbone"])
+    models = {cls.__name__: cls for cls in (DETRConfig, DeformableDETRConfig)}
+    return Config(model=models[model](**fields), **sections)
+
+
+def _tuples(value: Any) -> Any:
+    """Lists as tuples, nested ones too."""
+    if isinstance(value, Mapping):
+        return {name: _tuples(item) for name, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value

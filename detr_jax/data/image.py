@@ -1,0 +1,98 @@
+"""Image files: what their header says, and their pixels as RGB uint8.
+
+Pixels are those of the official code, `PIL.Image.open(path).convert("RGB")`, with two repairs. A file whose annotated
+size is that of its EXIF-rotated image is rotated (the official code would train on boxes that do not fit), and 16-bit
+grayscale is scaled by 1/257 to 8 bits (Pillow clips it to white).
+"""
+
+import io
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+_ORIENTATION = 0x0112  # EXIF tag
+_END = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+
+
+class DataError(ValueError):
+    """A data set that cannot be trained on or evaluated as it is; the message names the file and the field."""
+
+
+class Header(NamedTuple):
+    """What the header of an image file tells."""
+
+    size: tuple[int, int]
+    """(h, w) as stored."""
+    rotated: bool
+    """EXIF asks for a quarter turn, so that the upright size is (w, h)."""
+    plain: bool
+    """A complete RGB or grayscale JPEG, which any JPEG decoder turns into the same RGB pixels."""
+
+
+def read_header(file: BinaryIO) -> Header:
+    """Reads the header of an image, and decodes all of it only where its end does not show that it is complete.
+
+    Raises:
+        OSError: not an image, or truncated.
+        ValueError, SyntaxError: broken, or of a mode that has no RGB.
+    """
+    image = Image.open(file)
+    end = _END.get(image.format or "", b"")
+    position = file.tell()
+    file.seek(-len(end), io.SEEK_END)
+    complete = bool(end) and file.read() == end
+    file.seek(position)
+    if not complete:
+        image.load()  # raises if it is truncated
+    if image.mode == "F":
+        raise ValueError(f"mode {image.mode}: floats have no RGB; expected 8-bit or 16-bit pixels")
+    plain = complete and image.format == "JPEG" and image.mode in ("L", "RGB")
+    return Header((image.height, image.width), _quarter_turn(image), plain)
+
+
+def decode(encoded: bytes, size: tuple[int, int], source_size: tuple[int, int], name: str) -> np.ndarray:
+    """Decodes an image file, upright as annotated, and shrinks it when it is larger than wanted.
+
+    Args:
+        encoded: content of the file.
+        size: annotated (h, w).
+        source_size: wanted (h, w); not larger than `size`.
+        name: path or key, for the error.
+
+    Returns:
+        uint8 [h, w, 3] of `source_size`.
+
+    Raises:
+        DataError: the file does not decode, or not to the annotated size.
+    """
+    try:
+        image = Image.open(io.BytesIO(encoded))
+        stored = (image.height, image.width)
+        rotate = stored != size and stored[::-1] == size and _quarter_turn(image)
+        if stored != size and not rotate:
+            raise ValueError(f"size (h, w): got {stored}, expected the annotated {size}")
+        height, width = source_size
+        if source_size != size:  # let the JPEG decoder do the first halvings
+            image.draft(None, (2 * height, 2 * width) if rotate else (2 * width, 2 * height))
+        if rotate:
+            image = ImageOps.exif_transpose(image)
+        image = _to_rgb(image)
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
+        return np.asarray(image)
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow reports broken PNGs as SyntaxError
+        raise DataError(f"{name}: {error}") from error
+
+
+def _quarter_turn(image: Image.Image) -> bool:
+    return image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grayscale: "I;16", "I;16B", or "I"
+        pixels = np.asarray(image)
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise ValueError(f"mode {image.mode}: got values {pixels.min()}..{pixels.max()}, expected 0..65535")
+        image = Image.fromarray(((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -1,0 +1,177 @@
+"""Reads and decodes the photos of the sampler's batches, ahead of time; all that is done to pixels on the host.
+
+Two engines make the same batches, bit by bit: `tf` (tf.data, C++ threads) and `pillow` (a thread pool). TensorFlow
+decodes plain JPEG files; whatever needs rotation, colour conversion or shrinking goes through `image.decode` in both.
+"""
+
+import importlib.util
+import itertools
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+
+from detr_jax.config import DataConfig
+from detr_jax.data.buckets import Canvas
+from detr_jax.data.coco import CocoIndex
+from detr_jax.data.image import DataError, decode
+from detr_jax.data.sampler import BatchPlan
+
+Batch = dict[str, np.ndarray]
+
+
+class Sampler(Protocol):
+    """What the pipeline needs of `TrainSampler` and `EvalSampler`."""
+
+    source_size: np.ndarray
+    source_canvas: Canvas
+
+    def plan(self, step: int) -> BatchPlan:
+        """The global batch of a step."""
+        ...
+
+
+def batches(
+    index: CocoIndex, sampler: Sampler, steps: Iterable[int], *, rows: slice = slice(None), data_config: DataConfig
+) -> Generator[tuple[Canvas, Batch], None, None]:
+    """Yields the canvas and the batch of each step, `data_config.prefetch` batches ahead.
+
+    Args:
+        index: the data set.
+        sampler: a sampler of it.
+        steps: which steps; may be endless.
+        rows: rows of the global batch that this host takes.
+        data_config: engine, workers, prefetch and cache.
+
+    Yields:
+        canvas (height, width), and a dict of the arrays of `BatchPlan` (but `canvas` and `index`) with `pixels` uint8
+        [b, Hs, Ws, 3]: the photos at the top left of the sampler's source canvas, black elsewhere. Closing the
+        generator stops the threads.
+
+    Raises:
+        DataError: a file does not decode; names it.
+    """
+    plans = (sampler.plan(step).rows(rows) for step in steps)
+    loader = _Loader(index, sampler, data_config.cache)
+    run = _tf_batches if _engine(data_config) == "tf" else _pillow_batches
+    yield from run(loader, plans, data_config)
+
+
+def _engine(data: DataConfig) -> str:
+    if data.engine != "auto":
+        return data.engine
+    # With a cache nearly every photo is a copy in memory, which needs no TensorFlow.
+    return "tf" if importlib.util.find_spec("tensorflow") and not data.cache else "pillow"
+
+
+class _Loader:
+    """Decodes photo i to its source size, or takes it from the cache."""
+
+    def __init__(self, index: CocoIndex, sampler: Sampler, cache: bool):
+        self.index = index
+        self.canvas = sampler.source_canvas
+        self.sizes = sampler.source_size
+        self.cache = cache
+
+    def __call__(self, i: int) -> np.ndarray:
+        size = tuple(self.sizes[i].tolist())
+        if self.cache and (kept := self.index.decoded.get((i, size))) is not None:
+            return kept
+        name = self.index.name(i)
+        try:
+            encoded = self.index.encoded(i)
+        except OSError as error:
+            raise DataError(f"{name}: {error}") from error
+        pixels = decode(encoded, tuple(self.index.sizes[i].tolist()), size, name)
+        if self.cache:
+            self.index.decoded[i, size] = pixels
+        return pixels
+
+
+def _batch(plan: BatchPlan, pixels: np.ndarray) -> tuple[Canvas, Batch]:
+    arrays = {name: array for name, array in vars(plan).items() if name not in ("canvas", "index")}
+    return plan.canvas, {"pixels": pixels, **arrays}
+
+
+def _pillow_batches(
+    loader: _Loader, plans: Iterator[BatchPlan], data: DataConfig
+) -> Generator[tuple[Canvas, Batch], None, None]:
+    planner, pool = ThreadPoolExecutor(1, "plan"), ThreadPoolExecutor(max(data.workers, 1), "decode")
+
+    def fill(pixels: np.ndarray, i: int) -> None:
+        photo = loader(i)
+        pixels[: photo.shape[0], : photo.shape[1]] = photo
+
+    def start_next() -> tuple[BatchPlan, np.ndarray, list[Future[None]]] | None:
+        plan = next(plans, None)
+        if plan is None:
+            return None
+        pixels = np.zeros([len(plan.index), *loader.canvas, 3], np.uint8)
+        return plan, pixels, [pool.submit(fill, pixels[row], int(i)) for row, i in enumerate(plan.index) if i >= 0]
+
+    try:
+        pending = deque(planner.submit(start_next) for _ in range(max(data.prefetch, 1)))
+        while (started := pending.popleft().result()) is not None:
+            pending.append(planner.submit(start_next))
+            plan, pixels, futures = started
+            for future in futures:
+                future.result()
+            yield _batch(plan, pixels)
+    finally:
+        planner.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
+
+
+def _tf_batches(
+    loader: _Loader, plans: Iterator[BatchPlan], data: DataConfig
+) -> Generator[tuple[Canvas, Batch], None, None]:
+    import tensorflow as tf
+
+    tf.config.set_visible_devices([], "GPU")
+    index = loader.index
+    ahead: deque[BatchPlan] = deque()  # plans whose rows TensorFlow has taken, oldest first
+
+    def rows() -> Iterator[tuple[int, bytes]]:
+        for plan in plans:
+            ahead.append(plan)
+            for i in plan.index.tolist():
+                native = i >= 0 and index.plain[i] and (loader.sizes[i] == index.sizes[i]).all() and not loader.cache
+                yield i, index.name(i).encode() if native else b""
+
+    def photo(i: np.ndarray) -> np.ndarray:
+        return loader(int(i)) if i >= 0 else np.zeros([1, 1, 3], np.uint8)
+
+    def load(i: Any, path: Any) -> Any:
+        return tf.cond(
+            path != b"",
+            lambda: tf.io.decode_jpeg(
+                tf.io.read_file(path), channels=3, dct_method="INTEGER_ACCURATE", fancy_upscaling=True
+            ),
+            lambda: tf.ensure_shape(tf.numpy_function(photo, [i], tf.uint8), [None, None, 3]),
+        )
+
+    first = next(plans, None)
+    if first is None:
+        return
+    plans = itertools.chain([first], plans)
+    signature = (tf.TensorSpec([], tf.int64), tf.TensorSpec([], tf.string))
+    dataset = tf.data.Dataset.from_generator(rows, output_signature=signature)
+    dataset = dataset.map(load, num_parallel_calls=max(data.workers, 1), deterministic=True)
+    dataset = dataset.padded_batch(len(first.index), [*loader.canvas, 3], drop_remainder=True)
+    dataset = dataset.prefetch(max(data.prefetch, 1))
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = max(data.workers, 1)
+    iterator = iter(dataset.with_options(options))
+    while True:
+        try:
+            pixels = next(iterator).numpy()
+        except StopIteration:
+            return
+        except tf.errors.OpError as error:
+            for i in ahead[0].index[ahead[0].index >= 0] if ahead else []:
+                loader(int(i))  # raises an error that names the file
+            names = [index.name(i) for i in (ahead[0].index if ahead else []) if i >= 0]
+            raise DataError(f"one of {', '.join(names)}: {error.message}") from error
+        yield _batch(ahead.popleft(), pixels)

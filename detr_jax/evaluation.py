@@ -1,0 +1,400 @@
+"""Evaluation: outputs -> detections -> COCO results -> the twelve COCO numbers. pycocotools is the truth."""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from tqdm import tqdm
+
+from detr_jax import checkpoint, sharding
+from detr_jax.boxes import cxcywh_to_xyxy
+from detr_jax.config import Config, DataConfig, from_dict
+from detr_jax.data.coco import CocoIndex, load_split
+from detr_jax.data.image import decode
+from detr_jax.data.pipeline import batches
+from detr_jax.data.resample import resample_batch
+from detr_jax.data.sampler import EvalSampler
+from detr_jax.models import build, split
+from detr_jax.visualize import compare
+
+Detections = tuple[Any, Any, Any]
+"""scores float32 [b, n], labels int32 [b, n], boxes_xyxy float32 [b, n, 4] in pixels of the annotated photo."""
+Predict = Callable[[tuple[int, int], dict[str, np.ndarray]], Detections]
+"""`predict(canvas, batch)`: the detections of this host's rows of a batch."""
+
+_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+_TARGETS = ("image_id", "boxes_cxcywh", "labels", "num_boxes")  # what detecting does not need of a batch
+_ROWS = (
+    ("Average Precision", "AP", "0.50:0.95", "all", 100),
+    ("Average Precision", "AP", "0.50", "all", 100),
+    ("Average Precision", "AP", "0.75", "all", 100),
+    ("Average Precision", "AP", "0.50:0.95", "small", 100),
+    ("Average Precision", "AP", "0.50:0.95", "medium", 100),
+    ("Average Precision", "AP", "0.50:0.95", "large", 100),
+    ("Average Recall", "AR", "0.50:0.95", "all", 1),
+    ("Average Recall", "AR", "0.50:0.95", "all", 10),
+    ("Average Recall", "AR", "0.50:0.95", "all", 100),
+    ("Average Recall", "AR", "0.50:0.95", "small", 100),
+    ("Average Recall", "AR", "0.50:0.95", "medium", 100),
+    ("Average Recall", "AR", "0.50:0.95", "large", 100),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """COCO's numbers for boxes, in [0, 1]; -1 where the ground truth has no such box."""
+
+    AP: float
+    """Average precision, mean over IoU 0.50:0.95."""
+    AP50: float
+    """AP at IoU 0.50."""
+    AP75: float
+    """AP at IoU 0.75."""
+    APs: float
+    """AP of small objects: area below 32^2 pixels."""
+    APm: float
+    """AP of medium objects."""
+    APl: float
+    """AP of large objects: area above 96^2 pixels."""
+    AR1: float
+    """Average recall with 1 detection per image."""
+    AR10: float
+    """Average recall with 10 detections per image."""
+    AR100: float
+    """Average recall with 100 detections per image."""
+    ARs: float
+    """AR100 of small objects."""
+    ARm: float
+    """AR100 of medium objects."""
+    ARl: float
+    """AR100 of large objects."""
+    per_class: dict[str, float]
+    """AP of each class, by name (and id, where several classes share a name)."""
+
+    def as_dict(self) -> dict[str, float]:
+        """The twelve numbers by name, and `AP/<class>` for each class."""
+        return {name: getattr(self, name) for name in _NAMES} | {f"AP/{k}": ap for k, ap in self.per_class.items()}
+
+    def table(self) -> str:
+        """The COCO table, as pycocotools prints it, and the AP of each class."""
+        lines = [
+            f" {title:<18} ({kind}) @[ IoU={iou:<9} | area={area:>6} | maxDets={dets:>3} ] = {getattr(self, name):0.3f}"
+            for name, (title, kind, iou, area, dets) in zip(_NAMES, _ROWS, strict=True)
+        ]
+        width = max(map(len, self.per_class), default=0)
+        cells = [f"{name:<{width}} {ap:6.3f}" for name, ap in self.per_class.items()]
+        columns = max(1, min(3, 100 // (width + 9))) if len(cells) > 10 else 1
+        height = -(-len(cells) // columns)
+        lines += ["", " AP per class:"]
+        lines += [" " + "   ".join(cells[row::height]) for row in range(height)]
+        return "\n".join(lines)
+
+
+def postprocess(
+    outputs: Mapping[str, Any],
+    orig_size: jax.Array,
+    *,
+    classification: Literal["focal", "softmax"],
+    top_k: int = 100,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A model's outputs as detections; `PostProcess` of the official code of each paper.
+
+    `focal`: the `top_k` best (query, class) pairs by sigmoid score, best first, so that a query may give several.
+    `softmax`: for each query its best class other than the last, "no object"; in the queries' order.
+
+    Args:
+        outputs: `pred_logits` [b, q, k] and `pred_boxes` [b, q, 4] cxcywh, relative to the image.
+        orig_size: int32 [b, 2], (h, w) in whose pixels the boxes are wanted.
+        classification: as the model was trained.
+        top_k: detections per image, at most q * k; for `focal` only.
+
+    Returns:
+        scores float32 [b, n], labels int32 [b, n], boxes_xyxy float32 [b, n, 4]; n is `top_k` or q. Boxes may
+        reach beyond the image.
+    """
+    logits, boxes_xyxy = outputs["pred_logits"], cxcywh_to_xyxy(outputs["pred_boxes"])
+    if classification == "focal":
+        b, q, k = logits.shape
+        scores, best = jax.lax.top_k(jax.nn.sigmoid(logits).reshape(b, q * k), min(top_k, q * k))
+        labels = best % k
+        boxes_xyxy = jnp.take_along_axis(boxes_xyxy, (best // k)[..., None], axis=1)
+    else:
+        probabilities = jax.nn.softmax(logits, axis=-1)[..., :-1]
+        scores, labels = probabilities.max(axis=-1), probabilities.argmax(axis=-1)
+    h, w = orig_size[:, 0], orig_size[:, 1]
+    return scores, labels.astype(jnp.int32), boxes_xyxy * jnp.stack([w, h, w, h], axis=-1)[:, None].astype(jnp.float32)
+
+
+def coco_results(
+    image_ids: np.ndarray,
+    scores: np.ndarray,
+    labels: np.ndarray,
+    boxes_xyxy: np.ndarray,
+    category_ids: Sequence[int],
+) -> list[dict[str, Any]]:
+    """Detections of b images as COCO's results format: `image_id`, `category_id`, `bbox` (xywh), `score`.
+
+    Args:
+        image_ids: int64 [b].
+        scores: [b, n].
+        labels: int [b, n]; label i is category `category_ids[i]`.
+        boxes_xyxy: [b, n, 4], pixels of the annotated photos.
+        category_ids: of the data set's index.
+    """
+    boxes_xywh = np.concatenate([boxes_xyxy[..., :2], boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]], axis=-1)
+    categories = np.asarray(category_ids)[labels]
+    return [
+        {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
+        for image_id, *rows in zip(
+            image_ids.tolist(), categories.tolist(), boxes_xywh.tolist(), scores.tolist(), strict=True
+        )
+        for category_id, box, score in zip(*rows, strict=True)
+    ]
+
+
+def score(ground_truth: Mapping[str, Any] | str | os.PathLike[str], results: Sequence[Mapping[str, Any]]) -> Scores:
+    """Scores COCO results against COCO annotations, with pycocotools.
+
+    Args:
+        ground_truth: the annotations, or their file: `images`, `categories` and `annotations`; a missing `area` is that
+            of the box, a missing `iscrowd` 0.
+        results: in COCO's results format; may be empty.
+
+    Raises:
+        ValueError: results of images that the ground truth does not have.
+    """
+    if isinstance(ground_truth, str | os.PathLike):
+        content: Mapping[str, Any] = json.loads(Path(ground_truth).read_text(encoding="utf-8"))
+    else:
+        content = ground_truth
+    images, categories = content["images"], content["categories"]
+    unknown = {result["image_id"] for result in results} - {image["id"] for image in images}
+    if unknown:
+        raise ValueError(f"results: {len(unknown)} image ids are not in the ground truth, such as {min(unknown)}")
+    truth = _coco(images, categories, content["annotations"])
+    detected = _coco(images, categories, results)
+    evaluation = COCOeval(truth, detected, "bbox")
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # IoU, recall, class; all areas, 100 detections
+    counts = Counter(category["name"] for category in categories)
+    names = {c["id"]: c["name"] if counts[c["name"]] == 1 else f"{c['name']} ({c['id']})" for c in categories}
+    per_class = {}
+    for k, category_id in enumerate(evaluation.params.catIds):
+        values = precision[:, :, k]
+        per_class[names[category_id]] = float(values.mean()) if (values > -1).all() else -1.0
+    return Scores(*map(float, evaluation.stats), per_class=per_class)
+
+
+def evaluate_model(
+    config: Config, graphdef: nnx.GraphDef, params: dict, buffers: dict, sampler: EvalSampler, mesh: jax.sharding.Mesh
+) -> tuple[Scores, list[dict[str, Any]]]:
+    """Scores a model on the images of a sampler; `evaluate` says what comes back. Call it under `jax.set_mesh(mesh)`."""
+
+    @functools.partial(jax.jit, static_argnames="canvas")
+    def detect(params, buffers, batch, *, canvas):
+        model = nnx.merge(graphdef, params, buffers)
+        outputs = model(resample_batch(batch, canvas, sampler, config.data), batch["size"])
+        return postprocess(outputs, batch["orig_size"], classification=config.loss.classification)
+
+    def predict(canvas, batch):
+        arrays = {name: rows for name, rows in batch.items() if name not in _TARGETS}
+        return detect(params, buffers, sharding.put_batch(arrays, mesh), canvas=canvas)
+
+    rows = sharding.host_rows(sampler.batch_size, mesh)
+    feed = batches(sampler.index, sampler, range(len(sampler)), rows=rows, data_config=config.data)
+    with contextlib.closing(feed):
+        return evaluate(predict, feed, sampler.index, num_batches=len(sampler))
+
+
+def evaluate_checkpoint(
+    directory: str,
+    data: DataConfig,
+    *,
+    step: checkpoint.Step = "best",
+    batch_size: int = 8,
+    results: str | None = None,
+    pictures: str | None = None,
+    num_pictures: int = 8,
+) -> Scores:
+    """Scores a checkpoint on the validation set of `data`, prints the tables, writes what is asked for.
+
+    Args:
+        directory: a run's output directory, its `checkpoints/`, or one checkpoint.
+        data: images and evaluation scale.
+        step: which checkpoint; `best` is the newest where none was saved with an AP.
+        batch_size: global batch.
+        results: file for the detections, as JSON that pycocotools loads.
+        pictures: folder for pictures of ground truth beside detections.
+        num_pictures: how many.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        DataError: something is wrong with the data set.
+    """
+    if step == "best" and all(
+        checkpoint.read_metadata(directory, s)["AP"] is None for s in checkpoint.steps(directory)
+    ):
+        step = "latest"
+    saved = checkpoint.read_metadata(directory, step)
+    config = dataclasses.replace(from_dict(saved["config"], saved["model"]), data=data)
+    index = load_split(data, "val", category_ids=saved["category_ids"])
+    mesh = sharding.make_mesh()
+    graphdef, params, buffers = restore_model(directory, step, config, mesh)
+    with jax.set_mesh(mesh):
+        sampler = EvalSampler(index, data, batch_size)
+        scores, detections = evaluate_model(config, graphdef, params, buffers, sampler, mesh)
+    if jax.process_index() == 0:
+        print("\n".join([f"{directory}, step {saved['step']}, {len(index)} images", *index.report, scores.table()]))
+        if results:
+            write_results(results, detections)
+            print(f"results   {results}: {len(detections)} detections")
+        if pictures:
+            number = write_pictures(pictures, index, detections, num_pictures)
+            print(f"pictures  {pictures}: {number} photos, ground truth beside detections")
+    return scores
+
+
+def restore_model(
+    directory: str, step: checkpoint.Step, config: Config, mesh: jax.sharding.Mesh
+) -> tuple[nnx.GraphDef, dict, dict]:
+    """Graph, parameters (their moving average where there is one) and buffers of a checkpoint, on every device."""
+    saved = checkpoint.read_metadata(directory, step)
+    model = nnx.eval_shape(lambda: build(config.model, rngs=nnx.Rngs(0)))
+    graphdef, params, buffers = split(config.model, model)
+    trained = "ema" if "ema" in saved["entries"] else "params"
+
+    def place(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh))
+
+    state = checkpoint.restore(directory, jax.tree.map(place, {trained: params, "buffers": buffers}), step)
+    return graphdef, state[trained], state["buffers"]
+
+
+def evaluate(
+    predict: Predict,
+    feed: Iterable[tuple[tuple[int, int], dict[str, np.ndarray]]],
+    index: CocoIndex,
+    *,
+    num_batches: int | None = None,
+) -> tuple[Scores, list[dict[str, Any]]]:
+    """Runs a detector over a data set and scores it. With several processes each one sees its rows and gets the scores.
+
+    Args:
+        predict: the detections of a batch; each process is given, and gives, its own rows of the global batch. Padding
+            rows (image_id -1) are dropped.
+        feed: (canvas, batch) of the evaluation pipeline.
+        index: what is evaluated.
+        num_batches: for the progress line, which process 0 shows.
+
+    Returns:
+        The scores, and the COCO results of all images, ordered as in the index.
+
+    Raises:
+        ValueError: an image was covered twice or not at all; names the first.
+    """
+    position = {image_id: i for i, image_id in enumerate(index.image_ids.tolist())} | {-1: -1}
+    done: list[tuple[np.ndarray, ...]] = []
+    pending = None
+    progress = tqdm(
+        feed,
+        "evaluating",
+        num_batches,
+        leave=False,
+        unit=" batches",
+        disable=jax.process_index() != 0,
+        mininterval=1,
+    )
+    for canvas, batch in progress:
+        rows = np.array([position[image_id] for image_id in batch["image_id"].tolist()], np.int32)
+        following = (rows, *predict(canvas, batch))  # runs on the device while the batch before is fetched
+        if pending is not None:
+            done.append(tuple(map(_host_rows, pending)))
+        pending = following
+    if pending is not None:
+        done.append(tuple(map(_host_rows, pending)))
+    if not done:
+        raise ValueError("nothing to evaluate: there is no batch")
+    # Positions, not image ids: those may have 64 bits, which do not survive a trip through the devices.
+    rows, scores, labels, boxes_xyxy = (
+        multihost_utils.process_allgather(np.concatenate(column), tiled=True) for column in zip(*done, strict=True)
+    )
+    covered = np.bincount(rows[rows >= 0], minlength=len(index))
+    if (covered != 1).any():
+        i = int(np.argmax(covered != 1))
+        raise ValueError(
+            f"{(covered != 1).sum()} of {len(index)} images were not covered exactly once: "
+            f"{index.name(i)} (id {index.image_ids[i]}) was covered {covered[i]} times"
+        )
+    order = np.argsort(rows, kind="stable")[-len(index) :]
+    results = coco_results(
+        index.image_ids[rows[order]], scores[order], labels[order], boxes_xyxy[order], index.category_ids
+    )
+    return score(index.ground_truth(), results), results
+
+
+def write_results(path: str | os.PathLike[str], results: Sequence[Mapping[str, Any]]) -> None:
+    """Writes COCO results as JSON, which `pycocotools.coco.COCO.loadRes` reads."""
+    Path(path).write_text(json.dumps(list(results)), encoding="utf-8")
+
+
+def write_pictures(folder: str, index: CocoIndex, results: Sequence[Mapping[str, Any]], number: int) -> int:
+    """Draws ground truth beside detections for the first `number` images into `folder`; returns how many."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    label_of = {category_id: label for label, category_id in enumerate(index.category_ids)}
+    number = min(number, len(index))
+    for i in range(number):
+        found = [result for result in results if result["image_id"] == index.image_ids[i]]
+        boxes = np.array([result["bbox"] for result in found], float).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        size = tuple(index.sizes[i].tolist())
+        picture = compare(
+            decode(index.encoded(i), size, size, index.name(i)),
+            index.boxes_xyxy[i],
+            index.labels[i],
+            boxes,
+            np.array([label_of[result["category_id"]] for result in found], int),
+            np.array([result["score"] for result in found], float),
+            index.category_names,
+        )
+        picture.save(Path(folder) / f"{index.image_ids[i]}.jpg", quality=90)
+    return number
+
+
+def _host_rows(array: Any) -> np.ndarray:
+    """The rows of an array split over axis 0 that this process holds."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return np.asarray(array)
+    shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+
+def _coco(
+    images: Sequence[Mapping[str, Any]], categories: Sequence[Mapping[str, Any]], boxes: Iterable[Mapping[str, Any]]
+) -> COCO:
+    """pycocotools' data set of annotations or results. Without its `loadRes`, which an empty list breaks."""
+    annotations = []
+    for number, box in enumerate(boxes, 1):  # pycocotools takes a match with annotation 0 for none
+        area = box.get("area", box["bbox"][2] * box["bbox"][3])
+        annotations.append({**box, "id": number, "area": area, "iscrowd": int(box.get("iscrowd", 0))})
+    coco: Any = COCO()
+    coco.dataset = {"info": {}, "images": list(images), "categories": list(categories), "annotations": annotations}
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco

@@ -1,0 +1,115 @@
+"""Attention: softmax over all keys (DETR) and multi-scale deformable (Deformable DETR)."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from detr_jax.models.layers import Dropout, linear
+from pallas_kernels import ms_deform_attn
+
+
+class MultiHeadAttention(nnx.Module):
+    """Scaled dot-product attention with separate query, key and value inputs."""
+
+    def __init__(self, features: int, num_heads: int, dropout: float, *, dtype=None, rngs: nnx.Rngs):
+        # PyTorch draws the three projections as one [3c, c] matrix: Xavier's bound is that of fan_in + fan_out = 4c.
+        xavier3 = nnx.initializers.variance_scaling(0.5, "fan_avg", "uniform")
+        zeros = nnx.initializers.zeros
+        self.num_heads = num_heads
+        self.query = linear(features, features, kernel_init=xavier3, bias_init=zeros, dtype=dtype, rngs=rngs)
+        self.key = linear(features, features, kernel_init=xavier3, bias_init=zeros, dtype=dtype, rngs=rngs)
+        self.value = linear(features, features, kernel_init=xavier3, bias_init=zeros, dtype=dtype, rngs=rngs)
+        xavier = nnx.initializers.xavier_uniform()
+        self.out = linear(features, features, kernel_init=xavier, bias_init=zeros, dtype=dtype, rngs=rngs)
+        self.dropout = Dropout(dropout)
+
+    def __call__(self, query, key, value, *, key_valid: jax.Array | None = None, rngs: nnx.Rngs | None = None):
+        """`query [b, q, c]`, `key`, `value [b, s, c]`, `key_valid [b, s]` -> `[b, q, c]`."""
+
+        def heads(x):
+            return x.reshape(*x.shape[:2], self.num_heads, -1)
+
+        query, key, value = heads(self.query(query)), heads(self.key(key)), heads(self.value(value))
+        logits = jnp.einsum("bqhd,bshd->bhqs", query * query.shape[-1] ** -0.5, key).astype(jnp.float32)
+        if key_valid is not None:
+            logits = jnp.where(key_valid[:, None, None], logits, jnp.finfo(jnp.float32).min)
+        weights = self.dropout(jax.nn.softmax(logits), rngs).astype(value.dtype)
+        output = jnp.einsum("bhqs,bshd->bqhd", weights, value)
+        return self.out(output.reshape(*output.shape[:2], -1))
+
+
+class MSDeformAttn(nnx.Module):
+    """Multi-scale deformable attention (paper section 4.1, equation 3)."""
+
+    def __init__(
+        self,
+        features: int,
+        num_heads: int,
+        num_levels: int,
+        num_points: int,
+        *,
+        implementation: str | None = None,
+        dtype=None,
+        rngs: nnx.Rngs,
+    ):
+        zeros, xavier = nnx.initializers.zeros, nnx.initializers.xavier_uniform()
+        samples = num_heads * num_levels * num_points
+        self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
+        self.implementation = implementation
+
+        def offsets_init(key, shape, dtype=jnp.float32, out_sharding=None):
+            return offset_directions(num_heads, num_levels, num_points).reshape(shape).astype(dtype)
+
+        self.sampling_offsets = linear(
+            features, samples * 2, kernel_init=zeros, bias_init=offsets_init, dtype=dtype, rngs=rngs
+        )
+        self.attention_weights = linear(features, samples, kernel_init=zeros, bias_init=zeros, dtype=dtype, rngs=rngs)
+        self.value_proj = linear(features, features, kernel_init=xavier, bias_init=zeros, dtype=dtype, rngs=rngs)
+        self.output_proj = linear(features, features, kernel_init=xavier, bias_init=zeros, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        query: jax.Array,
+        reference_points: jax.Array,
+        tokens: jax.Array,
+        spatial_shapes: Sequence[tuple[int, int]],
+        valid: jax.Array,
+    ) -> jax.Array:
+        """Attend to `tokens` around `reference_points`.
+
+        Args:
+            query: `[b, q, c]`.
+            reference_points: `[b, q, l, 2]` (x, y) or `[b, q, l, 4]` (cx, cy, w, h), normalised by each level's map.
+            tokens: `[b, s, c]`, levels one after another.
+            spatial_shapes: (height, width) of each level.
+            valid: `[b, s]`, False at padding, whose projected value counts as zero.
+
+        Returns:
+            `[b, q, c]`.
+        """
+        b, q = query.shape[:2]
+        grid = (b, q, self.num_heads, self.num_levels, self.num_points)
+        value = jnp.where(valid[..., None], self.value_proj(tokens), 0)
+        value = value.reshape(*value.shape[:2], self.num_heads, -1)
+        offsets = self.sampling_offsets(query).reshape(*grid, 2).astype(jnp.float32)
+        weights = self.attention_weights(query).reshape(*grid[:3], -1).astype(jnp.float32)
+        weights = jax.nn.softmax(weights).reshape(grid)
+        reference = reference_points[:, :, None, :, None]
+        if reference.shape[-1] == 2:
+            locations = reference + offsets / jnp.array([(w, h) for h, w in spatial_shapes], jnp.float32)[:, None]
+        else:
+            locations = reference[..., :2] + offsets / self.num_points * reference[..., 2:] * 0.5
+        output = ms_deform_attn(value, spatial_shapes, locations, weights, implementation=self.implementation)
+        return self.output_proj(output.reshape(b, q, -1))
+
+
+def offset_directions(num_heads: int, num_levels: int, num_points: int) -> jax.Array:
+    """Initial offsets `[h, l, p, 2]` in pixels: each head looks in its own direction, point `i` at distance `i + 1`."""
+    angle = jnp.arange(num_heads) * (2 * math.pi / num_heads)
+    direction = jnp.stack([jnp.cos(angle), jnp.sin(angle)], -1)
+    direction /= jnp.abs(direction).max(-1, keepdims=True)
+    distance = jnp.arange(1, num_points + 1)[:, None]
+    return jnp.broadcast_to(direction[:, None, None] * distance, (num_heads, num_levels, num_points, 2))

@@ -1,0 +1,275 @@
+"""Deformable DETR (Zhu et al., ICLR 2021): every variant of the paper."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from detr_jax.config import DeformableDETRConfig
+from detr_jax.models.attention import MSDeformAttn, MultiHeadAttention
+from detr_jax.models.layers import MLP, Dropout, FeedForward, inverse_sigmoid, layer_norm, linear
+from detr_jax.models.position import sine_boxes, sine_map
+from detr_jax.models.resnet import GroupNorm, ResNet, masked, valid_cells, valid_nearest
+
+
+class EncoderLayer(nnx.Module):
+    """Multi-scale deformable self-attention and feed-forward over the tokens of all levels."""
+
+    def __init__(self, config: DeformableDETRConfig, *, rngs: nnx.Rngs):
+        c, dtype = config.hidden_dim, config.dtype
+        self.self_attn = deformable_attention(config, config.encoder_points, rngs=rngs)
+        self.ffn = FeedForward(c, config.ffn_dim, config.dropout, dtype=dtype, rngs=rngs)
+        self.norm1, self.norm2 = (layer_norm(c, dtype=dtype, rngs=rngs) for _ in range(2))
+        self.dropout = Dropout(config.dropout)
+
+    def __call__(self, x, position, reference_points, spatial_shapes, valid, rngs):
+        attended = self.self_attn(x + position, reference_points, x, spatial_shapes, valid)
+        x = self.norm1(x + self.dropout(attended, rngs))
+        return self.norm2(x + self.dropout(self.ffn(x, rngs), rngs))
+
+
+class DecoderLayer(nnx.Module):
+    """Self-attention among the queries, deformable attention to the tokens, feed-forward."""
+
+    def __init__(self, config: DeformableDETRConfig, *, rngs: nnx.Rngs):
+        c, dtype = config.hidden_dim, config.dtype
+        self.self_attn = MultiHeadAttention(c, config.num_heads, config.dropout, dtype=dtype, rngs=rngs)
+        self.cross_attn = deformable_attention(config, config.decoder_points, rngs=rngs)
+        self.ffn = FeedForward(c, config.ffn_dim, config.dropout, dtype=dtype, rngs=rngs)
+        self.norm1, self.norm2, self.norm3 = (layer_norm(c, dtype=dtype, rngs=rngs) for _ in range(3))
+        self.dropout = Dropout(config.dropout)
+
+    def __call__(self, x, query_position, reference_points, memory, spatial_shapes, valid, rngs):
+        query = x + query_position
+        x = self.norm1(x + self.dropout(self.self_attn(query, query, x, rngs=rngs), rngs))
+        attended = self.cross_attn(x + query_position, reference_points, memory, spatial_shapes, valid)
+        x = self.norm2(x + self.dropout(attended, rngs))
+        return self.norm3(x + self.dropout(self.ffn(x, rngs), rngs))
+
+
+class InputProjection(nnx.Module):
+    """Convolution to the transformer's width (1x1, or 3x3 with stride 2 for an extra level) and GroupNorm."""
+
+    def __init__(self, n_in: int, config: DeformableDETRConfig, *, size: int, stride: int, rngs: nnx.Rngs):
+        self.conv = nnx.Conv(
+            n_in,
+            config.hidden_dim,
+            (size, size),
+            strides=stride,
+            padding=size // 2,
+            kernel_init=nnx.initializers.xavier_uniform(),
+            dtype=config.dtype,
+            rngs=rngs,
+        )
+        self.norm = GroupNorm(config.hidden_dim)
+        self.stride = stride
+
+    def __call__(self, x: jax.Array, valid: jax.Array | None) -> jax.Array:
+        return self.norm(self.conv(x), valid)
+
+
+class Proposals(nnx.Module):
+    """Two-stage (paper section 4.3): every encoder token proposes a box; the best become the queries."""
+
+    def __init__(self, config: DeformableDETRConfig, *, rngs: nnx.Rngs):
+        c, dtype = config.hidden_dim, config.dtype
+        xavier = nnx.initializers.xavier_uniform()
+        self.num_queries = config.num_queries
+        self.output = linear(c, c, kernel_init=xavier, dtype=dtype, rngs=rngs)
+        self.output_norm = layer_norm(c, dtype=dtype, rngs=rngs)
+        self.position = linear(2 * c, 2 * c, kernel_init=xavier, dtype=dtype, rngs=rngs)
+        self.position_norm = layer_norm(2 * c, dtype=dtype, rngs=rngs)
+
+    def __call__(self, memory, valid, valid_maps, class_embed, bbox_embed):
+        """Returns the proposals of all tokens (`enc_outputs`) and, for the best `q`, boxes, query position and target.
+
+        A token's proposal is its cell's centre with width and height 0.05 * 2^level; those that are not within
+        (0.01, 0.99) and those in the padding are out: their box is (1, 1, 1, 1), as sigmoid(inf) is in the official
+        code. Here a large finite logit stands for inf, which has no NaN gradient.
+        """
+        boxes = jnp.concatenate([cell_boxes(v, 0.05 * 2**level) for level, v in enumerate(valid_maps)], 1)
+        usable = jnp.all((boxes > 0.01) & (boxes < 0.99), -1, keepdims=True) & valid[..., None]
+        boxes = jnp.clip(boxes, 0.01, 0.99)
+        anchors = jnp.where(usable, jnp.log(boxes / (1 - boxes)), 1e4)
+        memory = self.output_norm(self.output(jnp.where(usable, memory, 0)))
+        features = memory.astype(jnp.float32)
+        logits, coordinates = class_embed(features), bbox_embed(features) + anchors
+        enc_outputs = {"pred_logits": logits, "pred_boxes": jax.nn.sigmoid(coordinates)}
+
+        _, top = jax.lax.top_k(logits[..., 0], self.num_queries)
+        reference = jax.lax.stop_gradient(jnp.take_along_axis(enc_outputs["pred_boxes"], top[..., None], 1))
+        embedding = sine_boxes(reference, memory.shape[-1] // 2).astype(memory.dtype)
+        query_position, target = jnp.split(self.position_norm(self.position(embedding)), 2, -1)
+        return enc_outputs, reference, query_position, target
+
+
+class DeformableDETR(nnx.Module):
+    """Deformable transformers for end-to-end object detection.
+
+    With `backbone.mask_padding` off (the published model), the padding leaks into the features near the image's edge:
+    see `detr_jax.models.detr.DETR`; GroupNorm's statistics over the whole canvas add to it here.
+    """
+
+    def __init__(self, config: DeformableDETRConfig, *, rngs: nnx.Rngs):
+        c = config.hidden_dim
+        self.config = config
+        self.backbone = ResNet(config.backbone, dtype=config.dtype, rngs=rngs)
+        self.input_proj = nnx.List(
+            InputProjection(n_in, config, size=size, stride=stride, rngs=rngs)
+            for n_in, size, stride in projections(config, self.backbone.channels)
+        )
+        self.level_embed = nnx.Param(jax.random.normal(rngs.params(), (config.num_levels, c)))
+        self.encoder = nnx.List(EncoderLayer(config, rngs=rngs) for _ in range(config.encoder_layers))
+        self.decoder = nnx.List(DecoderLayer(config, rngs=rngs) for _ in range(config.decoder_layers))
+        if config.two_stage:
+            self.proposals = Proposals(config, rngs=rngs)
+        else:
+            self.query_embed = nnx.Param(jax.random.normal(rngs.params(), (config.num_queries, 2 * c)))
+            xavier = nnx.initializers.xavier_uniform()
+            zeros = nnx.initializers.zeros
+            self.reference_points = linear(c, 2, kernel_init=xavier, bias_init=zeros, rngs=rngs)
+        # Separate heads a layer with refinement (one more for the proposals), one for all layers without.
+        heads = config.decoder_layers + config.two_stage if config.box_refinement else 1
+        self.class_embed = nnx.List(class_head(c, config.num_classes, rngs=rngs) for _ in range(heads))
+        self.bbox_embed = nnx.List(
+            # The first box of a query is small: e^-2 in w and h. Refined layers and proposals start from their anchor.
+            box_head(c, size_bias=-2.0 if i == 0 and not config.two_stage else 0.0, rngs=rngs)
+            for i in range(heads)
+        )
+
+    def __call__(self, images: jax.Array, sizes: jax.Array, rngs: nnx.Rngs | None = None) -> dict:
+        """Detect.
+
+        Args:
+            images: `[b, H, W, 3]`, normalised with the ImageNet mean and standard deviation, zero in the padding.
+            sizes: int `[b, 2]`, valid (height, width) of each image.
+            rngs: random numbers for dropout; `None` switches it off.
+
+        Returns:
+            `pred_logits [b, q, k]` (sigmoid), `pred_boxes [b, q, 4]` (cx, cy, w, h in 0-1 of the valid image),
+            `aux_outputs`, the same of the earlier decoder layers, stacked in front, and for two-stage `enc_outputs`,
+            `[b, s, k]` and `[b, s, 4]`, the proposals of all tokens.
+        """
+        tokens, position, valid_maps = self.levels(images, sizes)
+        spatial_shapes = tuple(v.shape[1:] for v in valid_maps)
+        valid = jnp.concatenate([v.reshape(len(v), -1) for v in valid_maps], 1)
+        # [b, l, 2]: the share of each level's map (x, y) that the image fills.
+        valid_ratios = jnp.stack([jnp.stack([v[:, 0].mean(-1), v[:, :, 0].mean(-1)], -1) for v in valid_maps], 1)
+
+        centres = jnp.concatenate([cell_boxes(v, 0.0)[..., :2] for v in valid_maps], 1)
+        reference_points = centres[:, :, None] * valid_ratios[:, None]
+        memory = tokens
+        for layer in self.encoder:
+            memory = layer(memory, position, reference_points, spatial_shapes, valid, rngs)
+
+        outputs = {}
+        if self.config.two_stage:
+            outputs["enc_outputs"], reference, query_position, x = self.proposals(
+                memory, valid, valid_maps, self.class_embed[-1], self.bbox_embed[-1]
+            )
+        else:
+            b = len(images)
+            queries = jnp.broadcast_to(self.query_embed[...], (b, *self.query_embed.shape))
+            query_position, x = jnp.split(queries, 2, -1)
+            reference = jax.nn.sigmoid(self.reference_points(query_position))
+            query_position, x = query_position.astype(memory.dtype), x.astype(memory.dtype)
+
+        logits, boxes = [], []
+        for i, layer in enumerate(self.decoder):
+            ratios = jnp.tile(valid_ratios, reference.shape[-1] // 2)
+            reference_points = reference[:, :, None] * ratios[:, None]
+            x = layer(x, query_position, reference_points, memory, spatial_shapes, valid, rngs)
+            head = i if self.config.box_refinement else 0
+            features = x.astype(jnp.float32)
+            offset = inverse_sigmoid(reference)
+            offset = jnp.pad(offset, ((0, 0), (0, 0), (0, 4 - offset.shape[-1])))
+            logits.append(self.class_embed[head](features))
+            boxes.append(jax.nn.sigmoid(self.bbox_embed[head](features) + offset))
+            if self.config.box_refinement:
+                reference = jax.lax.stop_gradient(boxes[-1])
+        return outputs | {
+            "pred_logits": logits[-1],
+            "pred_boxes": boxes[-1],
+            "aux_outputs": {"pred_logits": stack(logits[:-1], logits[-1]), "pred_boxes": stack(boxes[:-1], boxes[-1])},
+        }
+
+    def levels(self, images: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+        """Tokens and their position encoding, both `[b, s, c]`, and each level's valid map `[b, h, w]`."""
+        config = self.config
+        mask = config.backbone.mask_padding
+        maps = self.backbone(images, sizes)
+        stride = 16 if config.backbone.dilation else 32
+        maps = maps[-min(config.num_levels, 3) :]
+        strides = [stride] if len(maps) == 1 else [8, 16, stride][-len(maps) :]
+        tokens, positions, valid_maps = [], [], []
+        source = maps[-1]
+        for i, projection in enumerate(self.input_proj):
+            if i < len(maps):
+                stride, source = strides[i], maps[i]
+            else:
+                stride *= 2
+            shape = tuple(-(-n // projection.stride) for n in source.shape[1:3])
+            if mask:
+                valid = valid_cells(sizes, shape, stride)
+            else:
+                valid = valid_nearest(sizes, images.shape[1:3], shape)
+            features = projection(source, valid if mask else None)
+            position = sine_map(valid, config.hidden_dim, half_pixel=True) + self.level_embed[i]
+            tokens.append(features.reshape(len(images), -1, config.hidden_dim))
+            positions.append(position.reshape(tokens[-1].shape).astype(features.dtype))
+            valid_maps.append(valid)
+            if i >= len(maps):
+                source = masked(features, valid) if mask else features
+        return jnp.concatenate(tokens, 1), jnp.concatenate(positions, 1), valid_maps
+
+
+def projections(config: DeformableDETRConfig, channels: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Input width, kernel size and stride of each level's projection; the first extra level reads the raw C5."""
+    scales = min(config.num_levels, 3)
+    rows = [(n_in, 1, 1) for n_in in channels[-scales:]]
+    for i in range(config.num_levels - scales):
+        rows.append((channels[-1] if i == 0 else config.hidden_dim, 3, 2))
+    return rows
+
+
+def cell_boxes(valid: jax.Array, size: float) -> jax.Array:
+    """Centre of each cell of a map, in 0-1 of its valid part, with that width and height: `[b, h * w, 4]`."""
+    b, h, w = valid.shape
+    x = (jnp.arange(w) + 0.5) / valid[:, 0].sum(-1, keepdims=True)
+    y = (jnp.arange(h) + 0.5) / valid[:, :, 0].sum(-1, keepdims=True)
+    x, y = jnp.broadcast_to(x[:, None], (b, h, w)), jnp.broadcast_to(y[:, :, None], (b, h, w))
+    return jnp.stack([x, y, jnp.full_like(x, size), jnp.full_like(x, size)], -1).reshape(b, h * w, 4)
+
+
+def deformable_attention(config: DeformableDETRConfig, num_points: int, *, rngs: nnx.Rngs) -> MSDeformAttn:
+    """The attention of an encoder or decoder layer."""
+    return MSDeformAttn(
+        config.hidden_dim,
+        config.num_heads,
+        config.num_levels,
+        num_points,
+        implementation=config.implementation,
+        dtype=config.dtype,
+        rngs=rngs,
+    )
+
+
+def class_head(features: int, num_classes: int, *, rngs: nnx.Rngs) -> nnx.Linear:
+    """Class logits that start at a probability of 0.01 (focal loss paper, section 4.1)."""
+    prior = nnx.initializers.constant(-math.log(99.0))
+    return linear(features, num_classes, bias_init=prior, rngs=rngs)
+
+
+def box_head(features: int, *, size_bias: float, rngs: nnx.Rngs) -> MLP:
+    """Box offsets that start at (0, 0, `size_bias`, `size_bias`)."""
+    head = MLP(features, features, 4, 3, rngs=rngs)
+    head.layers[-1].kernel[...] = jnp.zeros((features, 4))
+    head.layers[-1].bias[...] = jnp.array([0.0, 0.0, size_bias, size_bias])
+    return head
+
+
+def stack(arrays: list[jax.Array], like: jax.Array) -> jax.Array:
+    """`jnp.stack` that also takes an empty list."""
+    return jnp.stack(arrays) if arrays else jnp.zeros((0, *like.shape), like.dtype)

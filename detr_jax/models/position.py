@@ -1,0 +1,56 @@
+"""Position encodings of feature maps and boxes."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def sine(x: jax.Array, features: int, temperature: float = 10000.0) -> jax.Array:
+    """Sine and cosine pairs of `x` (radians): `[...]` -> `[..., features]`."""
+    frequency = temperature ** (-2 * (jnp.arange(features // 2, dtype=jnp.float32)) / features)
+    angle = x[..., None] * frequency
+    return jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1).reshape(*x.shape, features)
+
+
+def sine_map(valid: jax.Array, features: int, *, half_pixel: bool) -> jax.Array:
+    """2-d sine encoding over the valid part of a map: `valid [b, h, w]` -> `[b, h, w, features]`, y first.
+
+    `half_pixel` takes pixel centres before normalising, as Deformable DETR does and DETR does not.
+    """
+
+    def axis(dim):
+        position = jnp.cumsum(valid, dim, dtype=jnp.float32)
+        last = jax.lax.slice_in_dim(position, -1, None, axis=dim)
+        return (position - 0.5 * half_pixel) / (last + 1e-6) * 2 * math.pi
+
+    return jnp.concatenate([sine(axis(1), features // 2), sine(axis(2), features // 2)], -1)
+
+
+def sine_boxes(boxes: jax.Array, features: int) -> jax.Array:
+    """Sine encoding of normalised coordinates: `[..., 4]` -> `[..., 4 * features]` (two-stage queries)."""
+    return sine(boxes * 2 * math.pi, features).reshape(*boxes.shape[:-1], -1)
+
+
+class LearnedMap(nnx.Module):
+    """Learned row and column embeddings (DETR's option), for maps up to 50 x 50."""
+
+    def __init__(self, features: int, *, rngs: nnx.Rngs, size: int = 50):
+        uniform = nnx.initializers.uniform(1.0)
+        self.row_embed = nnx.Param(uniform(rngs.params(), (size, features // 2), jnp.float32))
+        self.col_embed = nnx.Param(uniform(rngs.params(), (size, features // 2), jnp.float32))
+
+    def __call__(self, valid: jax.Array) -> jax.Array:
+        """`valid [b, h, w]` -> `[b, h, w, features]`, column first as in the official code."""
+        b, h, w = valid.shape
+        row_embed, col_embed = self.row_embed[...], self.col_embed[...]
+        if max(h, w) > len(row_embed):
+            raise ValueError(
+                f"model.position='learned' covers maps up to {len(row_embed)} x {len(row_embed)}, got {h} x {w}: "
+                "use smaller images or model.position='sine'"
+            )
+        features = row_embed.shape[1]
+        columns = jnp.broadcast_to(col_embed[None, None, :w], (b, h, w, features))
+        rows = jnp.broadcast_to(row_embed[None, :h, None], (b, h, w, features))
+        return jnp.concatenate([columns, rows], -1)

@@ -1,0 +1,22 @@
+"""Score a checkpoint: `python eval.py --checkpoint DIR [--data.root FOLDER] [--results FILE] [--pictures DIR]`."""
+
+from detr_jax import cli, sharding
+from detr_jax.evaluation import evaluate_checkpoint
+
+
+def main(argv: list[str]) -> None:
+    options = cli.parse_eval(argv)
+    sharding.start_processes()
+    evaluate_checkpoint(
+        options.checkpoint,
+        options.data,
+        step=int(options.step) if options.step.isdigit() else options.step,
+        batch_size=options.batch_size,
+        results=options.results,
+        pictures=options.pictures,
+        num_pictures=options.num_pictures,
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,14 @@
+"""Train a detector: `python train.py --config configs/RECIPE.py --data.root FOLDER [--section.field value ...]`."""
+
+from detr_jax import cli, sharding
+from detr_jax.training import train
+
+
+def main(argv: list[str]) -> None:
+    config = cli.parse_train(argv)
+    sharding.start_processes()
+    train(config)
+
+
+if __name__ == "__main__":
+    cli.run(main)
