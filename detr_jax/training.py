@@ -31,6 +31,7 @@ from detr_jax.evaluation import Scores, evaluate_model
 from detr_jax.losses import set_prediction_loss
 from detr_jax.metrics import MetricWriter
 from detr_jax.models import build, split
+from detr_jax.pretrained import load_backbone
 from detr_jax.visualize import plot_curves
 
 Model = nnx.GraphDef
@@ -91,6 +92,12 @@ def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: ja
 
     state = jax.jit(init, out_shardings=sharding.replicated(mesh))()
     assert graphdef is not None
+    if config.train.init_backbone:
+        state["params"], state["buffers"] = load_backbone(
+            config.train.init_backbone, state["params"], state["buffers"]
+        )
+        if config.optim.ema_decay:
+            state["ema"] = jax.tree.map(jnp.copy, state["params"])
     return graphdef, state
 
 
