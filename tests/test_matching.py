@@ -137,7 +137,7 @@ def test_every_layer_is_matched_on_its_own(matcher):
 @pytest.mark.parametrize("matcher", MATCHERS)
 def test_sharded_matching_is_equal_and_does_not_communicate(matcher):
     config = LossConfig(matcher=matcher)
-    problem = loss_reference.random_problem(b=16)
+    problem = loss_reference.random_problem()
     expected = jit_match(*problem, config=config)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     with jax.set_mesh(mesh):

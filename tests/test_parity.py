@@ -69,7 +69,7 @@ def assert_agree(ours, theirs, tolerance):
         # Proposals of nearly equal score may swap places between the two: compare the queries by proposed token.
         ours, theirs = (sort_queries(outputs) for outputs in (ours, theirs))
     for name, expected in theirs.items():
-        print(name, abs(expected).mean(), expected.std(), abs(ours[name]-expected).max())
+        print(name, abs(expected).mean(), expected.std(), abs(ours[name] - expected).max())
         np.testing.assert_allclose(ours[name], expected, rtol=0, atol=tolerance, err_msg=name)
 
 

@@ -108,7 +108,9 @@ def run(model: torch.nn.Module, images: np.ndarray, sizes: np.ndarray) -> dict[s
         else:
             references = [outputs.init_reference_points, *outputs.intermediate_reference_points.unbind(1)[:-1]]
             logits, boxes = [], []
-            for i, (x, reference) in enumerate(zip(outputs.intermediate_hidden_states.unbind(1), references, strict=True)):
+            for i, (x, reference) in enumerate(
+                zip(outputs.intermediate_hidden_states.unbind(1), references, strict=True)
+            ):
                 offset = torch.nn.functional.pad(_inverse_sigmoid(reference), (0, 4 - reference.shape[-1]))
                 logits.append(model.class_embed[i](x))
                 boxes.append((model.bbox_embed[i](x) + offset).sigmoid())

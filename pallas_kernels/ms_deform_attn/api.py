@@ -39,6 +39,7 @@ def ms_deform_attn(
         ValueError: shapes that do not fit together, or an unknown implementation.
     """
     spatial_shapes = tuple((int(height), int(width)) for height, width in spatial_shapes)
+    value, sampling_locations, attention_weights = map(jnp.asarray, (value, sampling_locations, attention_weights))
     _check(value, spatial_shapes, sampling_locations, attention_weights)
     name = implementation or "reference"
     if name not in IMPLEMENTATIONS:

@@ -1,21 +1,22 @@
 """The definition of multi-scale deformable attention: bilinear samples, gathered.
 
-Bilinear sampling is a sparse matrix: each output row is a weighted sum of `4 x levels x points` rows of the value table.
-`bilinear` makes that matrix with plain operations, whose gradients with respect to locations and weights are JAX's own;
-`sparse_matmul` multiplies it, a block of outputs at a time, forward and backward: the gathered rows, 64 times as large
-as the output, are never there as a whole, and on a CPU a block stays in the cache.
+Bilinear sampling is a sparse matrix: each output is a weighted sum of `4 x levels x points` rows of the value table.
+`bilinear` makes that matrix with plain operations, whose gradients with respect to locations and weights are JAX's own.
+`sparse_matmul` multiplies by it, block by block, forward and backward: the gathered rows, 64 times as large as the
+output in the published models, are never there as a whole, and on a CPU a block of them stays in the cache.
 """
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Outputs in a block: some megabytes of gathered rows on a CPU, some hundred on an accelerator.
-BLOCK = {"cpu": 512, "default": 65536}
+# Gathered rows in a block, by platform: some megabytes on a CPU, some hundred on an accelerator.
+BLOCK_ROWS = {"cpu": 2**15, "default": 2**22}
 
 
 def ms_deform_attn_reference(
@@ -35,29 +36,35 @@ def ms_deform_attn_reference(
     )
     batch, head = jnp.arange(b)[:, None, None, None, None, None], jnp.arange(h)[:, None, None, None]
     row = (batch * s + token) * h + head
-    table = value.reshape(b * s * h, d)
-    samples = weight[0, 0, 0].size
-    output = sparse_matmul(table, row.reshape(-1, samples), weight.reshape(-1, samples))
+    samples = 4 * attention_weights.shape[3] * attention_weights.shape[4]
+    output = sparse_matmul(value.reshape(b * s * h, d), row.reshape(-1, samples), weight.reshape(-1, samples))
     return output.reshape(b, -1, h, d).astype(value.dtype)
 
 
-def bilinear(spatial_shapes: Sequence[tuple[int, int]], locations: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The four pixels around each point: `[b, q, h, l, p, 2]` -> tokens and weights, both `[b, q, h, l, p, 4]`."""
-    size = jnp.array([(width, height) for height, width in spatial_shapes])[:, None, :]  # [l, 1, 2], x before y
-    first_token = np.cumsum([0, *(height * width for height, width in spatial_shapes[:-1])])[:, None]
-    position = locations * size - 0.5
+def bilinear(
+    spatial_shapes: Sequence[tuple[int, int]], locations: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The four pixels around each point and their weights, zero outside the map.
+
+    Args:
+        spatial_shapes: (height, width) of each of the `l` levels.
+        locations: `[b, q, h, l, p, 2]`, (x, y) in 0-1.
+        weights: `[b, q, h, l, p]`, of the points.
+
+    Returns:
+        Tokens (int32) and weights, both `[b, q, h, l, p, 4]`.
+    """
+    sizes = np.array([(width, height) for height, width in spatial_shapes], np.int32)[:, None]  # [l, 1, 2]
+    level_start = np.cumsum([0, *(height * width for height, width in spatial_shapes[:-1])], dtype=np.int32)[:, None]
+    position = locations * sizes - 0.5
     low = jnp.floor(position)
-    corners = [
-        (low, low + 1 - position),
-        (low + 1, position - low),
-    ]
-    corners = [
-        (jnp.clip(corner, 0, size - 1).astype(jnp.int32), jnp.where((corner >= 0) & (corner < size), share, 0))
-        for corner, share in corners
-    ]
+    neighbours = []
+    for pixel, share in ((low, low + 1 - position), (low + 1, position - low)):
+        inside = (pixel >= 0) & (pixel < sizes)
+        neighbours.append((jnp.clip(pixel, 0, sizes - 1).astype(jnp.int32), jnp.where(inside, share, 0)))
     tokens, products = [], []
-    for (row, share_y), (column, share_x) in itertools.product(corners, corners):
-        tokens.append(first_token + row[..., 1] * size[..., 0] + column[..., 0])
+    for (row, share_y), (column, share_x) in itertools.product(neighbours, neighbours):
+        tokens.append(level_start + row[..., 1] * sizes[..., 0] + column[..., 0])
         products.append(weights * share_y[..., 1] * share_x[..., 0])
     return jnp.stack(tokens, -1), jnp.stack(products, -1)
 
@@ -74,59 +81,56 @@ def sparse_matmul(table: jax.Array, index: jax.Array, weight: jax.Array) -> jax.
     Returns:
         float32 `[n, d]`.
     """
-    return jax.lax.platform_dependent(
-        table, index, weight, **{platform: functools.partial(_forward, block) for platform, block in BLOCK.items()}
-    )
+    return by_platform(_forward, table, index, weight)
 
 
-def _sparse_matmul_fwd(table, index, weight):
-    return sparse_matmul(table, index, weight), (table, index, weight)
-
-
-def _sparse_matmul_bwd(residuals, gradient):
-    grad_table, grad_weight = jax.lax.platform_dependent(
-        *residuals, gradient, **{platform: functools.partial(_backward, block) for platform, block in BLOCK.items()}
-    )
-    return grad_table, None, grad_weight
-
-
-sparse_matmul.defvjp(_sparse_matmul_fwd, _sparse_matmul_bwd)
-
-
-def _forward(block, table, index, weight):
+def _forward(block_rows, table, index, weight):
     def multiply(block):
         index, weight = block
         return jnp.einsum("nkd,nk->nd", gather(table, index), weight)
 
-    return unblocked(jax.lax.map(multiply, blocked((index, weight), block)), len(index))
+    return unblocked(jax.lax.map(multiply, blocked((index, weight), block_rows)), len(index))
 
 
-def _backward(block, table, index, weight, gradient):
+def _backward(block_rows, table, index, weight, gradient):
     def multiply(grad_table, block):
         index, weight, gradient = block
         grad_weight = jnp.einsum("nkd,nd->nk", gather(table, index), gradient)
-        update = weight[..., None] * gradient[:, None]
-        return grad_table.at[index].add(update, mode="promise_in_bounds"), grad_weight
+        grad_rows = weight[..., None] * gradient[:, None]
+        return grad_table.at[index].add(grad_rows, mode="promise_in_bounds"), grad_weight
 
     zeros = jnp.zeros_like(table, jnp.float32)
-    grad_table, grad_weight = jax.lax.scan(multiply, zeros, blocked((index, weight, gradient), block))
-    return grad_table.astype(table.dtype), unblocked(grad_weight, len(index))
+    grad_table, grad_weight = jax.lax.scan(multiply, zeros, blocked((index, weight, gradient), block_rows))
+    return grad_table.astype(table.dtype), None, unblocked(grad_weight, len(index))
 
 
-def gather(table, index):
+sparse_matmul.defvjp(
+    lambda *inputs: (sparse_matmul(*inputs), inputs),
+    lambda inputs, gradient: by_platform(_backward, *inputs, gradient),
+)
+
+
+def by_platform(function: Callable, *arrays: jax.Array) -> Any:
+    """`function(block_rows, *arrays)` with the block size of the platform that it is compiled for."""
+    return jax.lax.platform_dependent(*arrays, **{k: functools.partial(function, n) for k, n in BLOCK_ROWS.items()})
+
+
+def gather(table: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows of a table in float32: `[r, d]`, `[n, k]` -> `[n, k, d]`."""
     return table.at[index].get(mode="promise_in_bounds").astype(jnp.float32)
 
 
-def blocked(arrays, block):
-    """Each `[n, ...]` as `[blocks, block, ...]`, filled up with zeros."""
-    n = len(arrays[0])
-    blocks = -(-n // block)
-    block = -(-n // blocks)
+def blocked(arrays: Sequence[jax.Array], block_rows: int) -> list[jax.Array]:
+    """Each `[n, ...]` as `[blocks, n / blocks, ...]`, filled up with zeros; the first one is the index."""
+    n, samples = arrays[0].shape
+    blocks = max(1, round(n * samples / block_rows))
+    size = -(-n // blocks)
     return [
-        jnp.pad(x, ((0, blocks * block - n), *((0, 0) for _ in x.shape[1:]))).reshape(blocks, block, *x.shape[1:])
+        jnp.pad(x, ((0, blocks * size - n), *((0, 0) for _ in x.shape[1:]))).reshape(blocks, size, *x.shape[1:])
         for x in arrays
     ]
 
 
-def unblocked(x, n):
+def unblocked(x: jax.Array, n: int) -> jax.Array:
+    """Undoes `blocked`."""
     return x.reshape(-1, *x.shape[2:])[:n]
