@@ -68,7 +68,7 @@ class EvalOptions:
     """Write pictures here: ground truth beside detections."""
     num_pictures: int = 8
     """How many."""
-    data: DataConfig = DataConfig()
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
     """Images; the defaults are those of the checkpoint's training."""
 
 

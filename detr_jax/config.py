@@ -24,7 +24,7 @@ class BackboneConfig:
     freeze_at: Literal[0, 1, 2] = 2
     """Layers that are not trained: 0 none, 1 the stem, 2 the stem and the first stage (the published recipes)."""
     mask_padding: bool = False
-    """Zero the padding after every layer, so that an image gives the same boxes in any canvas. Off in the official code."""
+    """Zero the padding after every layer: an image gives the same boxes in any canvas. Off in the official code."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ class DeformableDETRConfig:
     num_queries: int = 300
     """Object queries: the most boxes that an image can get."""
     num_levels: int = 4
-    """Feature levels: 1 is C5 alone; 2-3 end at C5 (`C4, C5`, `C3, C4, C5`); each further one is a stride-2 convolution."""
+    """Feature levels: 1 is C5, 2 are C4 and C5, 3 are C3 to C5; each further one is a stride-2 convolution."""
     encoder_points: int = 4
     """Sampling points per head and level in the encoder."""
     decoder_points: int = 4
@@ -184,7 +184,7 @@ class DataConfig:
     """Which images, and how each one is augmented (all sizes in pixels)."""
 
     root: str = ""
-    """A COCO-format folder: `train2017/ val2017/ annotations/`, or `images/` with `annotations.json` or `annotations/`."""
+    """A COCO-format folder: `train2017/ val2017/ annotations/`, or `images/` and `annotations.json`."""
     train_annotations: str | None = None
     """Training annotations, absolute or below `root`; `None` finds them."""
     train_images: str | None = None
@@ -206,9 +206,9 @@ class DataConfig:
     cache: bool = False
     """Keep decoded images in the host's memory: for data sets of some hundred photos."""
     on_bad_image: Literal["error", "skip"] = "error"
-    """A missing or truncated image, or one whose size is not the annotated one: stop before training, or skip and report."""
+    """A missing or truncated image, or one of another size than annotated: stop before training, or skip and report."""
     on_bad_annotation: Literal["error", "skip"] = "error"
-    """A box of an unknown image or category, or entirely outside its image: stop before training, or skip and report."""
+    """A box of an unknown image or category, or outside its image: stop before training, or skip and report."""
     max_source_side: int = 1333
     """Photos with a longer side are shrunk on the host to this before they go to the device."""
     flip: bool = True
@@ -226,7 +226,7 @@ class DataConfig:
     eval_scale: int = 800
     """Evaluation: the shorter side."""
     buckets: tuple[tuple[int, int], ...] | None = None
-    """Canvases (height, width) that batches are padded to, each compiled once; `None` derives them from the sizes above."""
+    """Canvases (height, width) that batches are padded to, each compiled once; `None` derives them."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -205,7 +205,7 @@ def score(ground_truth: Mapping[str, Any] | str | os.PathLike[str], results: Seq
 def evaluate_model(
     config: Config, graphdef: nnx.GraphDef, params: dict, buffers: dict, sampler: EvalSampler, mesh: jax.sharding.Mesh
 ) -> tuple[Scores, list[dict[str, Any]]]:
-    """Scores a model on the images of a sampler; `evaluate` says what comes back. Call it under `jax.set_mesh(mesh)`."""
+    """Scores a model on the images of a sampler, as `evaluate`. Call it under `jax.set_mesh(mesh)`."""
 
     @functools.partial(jax.jit, static_argnames="canvas")
     def detect(params, buffers, batch, *, canvas):

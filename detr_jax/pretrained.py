@@ -45,7 +45,8 @@ def read_tensors(path: str) -> dict[str, np.ndarray]:
     if path.endswith((".pth", ".pt")):
         import torch  # pyright: ignore[reportMissingImports]
 
-        return {name: tensor.numpy() for name, tensor in torch.load(path, map_location="cpu", weights_only=True).items()}
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: tensor.numpy() for name, tensor in tensors.items()}
     raise ValueError(f"{path}: expected a .safetensors or .pth file")
 
 

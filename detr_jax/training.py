@@ -93,9 +93,7 @@ def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: ja
     state = jax.jit(init, out_shardings=sharding.replicated(mesh))()
     assert graphdef is not None
     if config.train.init_backbone:
-        state["params"], state["buffers"] = load_backbone(
-            config.train.init_backbone, state["params"], state["buffers"]
-        )
+        state["params"], state["buffers"] = load_backbone(config.train.init_backbone, state["params"], state["buffers"])
         if config.optim.ema_decay:
             state["ema"] = jax.tree.map(jnp.copy, state["params"])
     return graphdef, state
@@ -113,7 +111,7 @@ def loss_fn(
 def make_train_step(
     config: Config, graphdef: Model, optimizer: optax.GradientTransformation, sampler: TrainSampler
 ) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
-    """`step(state, batch, canvas=(H, W))` -> the next state and the terms; compiled once per canvas, donates `state`."""
+    """`step(state, batch, canvas=(H, W))` -> next state and terms; compiled once per canvas, donates `state`."""
 
     def step(state: State, batch: dict[str, jax.Array], *, canvas: tuple[int, int]):
         pixels = resample_batch(batch, canvas, sampler, config.data)
@@ -185,9 +183,7 @@ def train(config: Config) -> Scores | None:
             checkpoint.CheckpointWriter(
                 str(output_dir / "checkpoints"), keep_last=config.train.keep_last, keep_best=config.train.keep_best
             ) as writer,
-            MetricWriter(
-                str(output_dir), total_steps, steps_per_epoch=len(sampler), start_step=start
-            ) as metrics,
+            MetricWriter(str(output_dir), total_steps, steps_per_epoch=len(sampler), start_step=start) as metrics,
             closing(batches(train_index, sampler, range(start, stop), rows=rows, data_config=config.data)) as feed,
         ):
             for step in range(start, stop):
@@ -217,7 +213,7 @@ def train(config: Config) -> Scores | None:
                 if log or save:
                     fetch(keep=0)
                 if log:
-                    metrics.write(done, lr=config.optim.lr * float(learning_rate(step)))
+                    metrics.write(done, lr=float(config.optim.lr * jnp.asarray(learning_rate(step))))
                 if score:
                     with metrics.paused():
                         params = state.get("ema", state["params"])
@@ -310,8 +306,8 @@ def summary(config, mesh, state, train_index: CocoIndex, val_index: CocoIndex, s
     canvases = ", ".join(f"{h}x{w}" for h, w in sampler.canvases)
     lines = [
         f"devices     {sharding.describe_devices(mesh, config.train.batch_size)}",
-        f"model       {type(config.model).__name__.removesuffix('Config')}: {count(state['params']):.2f} M parameters trained, "
-        f"{count(state['buffers']):.2f} M fixed, compute {config.model.dtype}",
+        f"model       {type(config.model).__name__.removesuffix('Config')}, compute {config.model.dtype}; "
+        f"{count(state['params']):.2f} M parameters trained, {count(state['buffers']):.2f} M fixed",
         f"train       {len(train_index)} images, {train_index.num_classes} classes, at most {sampler.max_boxes} boxes; "
         f"photos up to {'x'.join(map(str, sampler.source_canvas))}",
         f"validation  {len(val_index)} images",

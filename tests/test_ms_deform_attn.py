@@ -1,4 +1,4 @@
-"""`ms_deform_attn` against a plain NumPy loop: forward, gradients, edges, types, sharding; and the errors of its API."""
+"""`ms_deform_attn` against a plain NumPy loop: forward, gradients, edges, types, sharding; its errors."""
 
 import itertools
 import math

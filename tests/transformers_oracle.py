@@ -92,7 +92,7 @@ def load(model: torch.nn.Module, config: DETRConfig | DeformableDETRConfig, weig
 
 
 def run(model: torch.nn.Module, images: np.ndarray, sizes: np.ndarray) -> dict[str, Any]:
-    """Our model's outputs, of theirs: `images [b, H, W, 3]`, `sizes [b, 2]`; all decoder layers stacked, last included."""
+    """Our model's outputs: `images [b, H, W, 3]`, `sizes [b, 2]`; all decoder layers stacked, last included."""
     h, w = images.shape[1:3]
     pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
     valid = (np.arange(h) < sizes[:, :1])[:, :, None] & (np.arange(w) < sizes[:, 1:])[:, None]

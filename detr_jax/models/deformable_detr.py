@@ -211,10 +211,7 @@ class DeformableDETR(nnx.Module):
             else:
                 stride *= 2
             shape = tuple(-(-n // projection.stride) for n in source.shape[1:3])
-            if mask:
-                valid = valid_cells(sizes, shape, stride)
-            else:
-                valid = valid_nearest(sizes, images.shape[1:3], shape)
+            valid = valid_cells(sizes, shape, stride) if mask else valid_nearest(sizes, images.shape[1:3], shape)
             features = projection(source, valid if mask else None)
             position = sine_map(valid, config.hidden_dim, half_pixel=True) + self.level_embed[i]
             tokens.append(features.reshape(len(images), -1, config.hidden_dim))
@@ -265,8 +262,9 @@ def class_head(features: int, num_classes: int, *, rngs: nnx.Rngs) -> nnx.Linear
 def box_head(features: int, *, size_bias: float, rngs: nnx.Rngs) -> MLP:
     """Box offsets that start at (0, 0, `size_bias`, `size_bias`)."""
     head = MLP(features, features, 4, 3, rngs=rngs)
-    head.layers[-1].kernel[...] = jnp.zeros((features, 4))
-    head.layers[-1].bias[...] = jnp.array([0.0, 0.0, size_bias, size_bias])
+    last = head.layers[-1]
+    last.kernel = nnx.Param(jnp.zeros((features, 4)))
+    last.bias = nnx.Param(jnp.array([0.0, 0.0, size_bias, size_bias]))
     return head
 
 

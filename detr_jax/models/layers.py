@@ -1,5 +1,7 @@
 """Small building blocks with PyTorch's default initialisation, which the published recipes rely on."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -49,7 +51,7 @@ class MLP(nnx.Module):
     def __init__(self, in_features: int, hidden: int, out_features: int, num_layers: int, *, dtype=None, rngs):
         widths = [in_features, *[hidden] * (num_layers - 1), out_features]
         self.layers = nnx.List(
-            linear(n_in, n_out, dtype=dtype, rngs=rngs) for n_in, n_out in zip(widths[:-1], widths[1:], strict=True)
+            linear(n_in, n_out, dtype=dtype, rngs=rngs) for n_in, n_out in itertools.pairwise(widths)
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -1,5 +1,7 @@
 """ResNet-18/34/50/101 with torchvision's semantics (v1.5: the stride is in the 3x3), as a detector's backbone."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -187,13 +189,13 @@ def max_pool(x: jax.Array) -> jax.Array:
     return x
 
 
-def valid_cells(sizes: jax.Array, shape: tuple[int, int], stride: int) -> jax.Array:
+def valid_cells(sizes: jax.Array, shape: Sequence[int], stride: int) -> jax.Array:
     """Which cells of a map of that stride see the image: the first `ceil(size / stride)`, bool `[b, h, w]`."""
     rows, columns = (jnp.arange(n) * stride < sizes[:, axis, None] for axis, n in enumerate(shape))
     return rows[:, :, None] & columns[:, None, :]
 
 
-def valid_nearest(sizes: jax.Array, canvas: tuple[int, int], shape: tuple[int, int]) -> jax.Array:
+def valid_nearest(sizes: jax.Array, canvas: Sequence[int], shape: Sequence[int]) -> jax.Array:
     """The pixel mask of a canvas resized to a map as the official code does, nearest at `floor`: bool `[b, h, w]`.
 
     Equal to `valid_cells` where the canvas is a multiple of the stride.
