@@ -69,7 +69,6 @@ def assert_agree(ours, theirs, tolerance):
         # Proposals of nearly equal score may swap places between the two: compare the queries by proposed token.
         ours, theirs = (sort_queries(outputs) for outputs in (ours, theirs))
     for name, expected in theirs.items():
-        print(name, abs(expected).mean(), expected.std(), abs(ours[name] - expected).max())
         np.testing.assert_allclose(ours[name], expected, rtol=0, atol=tolerance, err_msg=name)
 
 
@@ -86,7 +85,7 @@ def test_agrees_with_stored_outputs_of_transformers(name, data_dir):
     config = SMALL_MODELS[name]
     with np.load(data_dir / "reference" / f"{name}.npz") as stored:
         theirs = dict(stored)
-    # Float32 noise of two small models: 1e-5 was seen.
+    # Float32 noise of numbers of order 1 through some thirty layers: 1e-5 was seen.
     assert_agree(our_outputs(config, *padded_batch(100, 135)), theirs, 3e-5)
 
 
@@ -99,7 +98,8 @@ def test_published_sizes_agree_with_transformers(name):
     images, sizes = padded_batch(256, 333)
     model = transformers_oracle.build(config)
     transformers_oracle.load(model, config, transformers_weights.random_weights(config))
-    assert_agree(our_outputs(config, images, sizes), transformers_oracle.run(model, images, sizes), 1e-4)
+    # Float32 noise of numbers of order 1 through some eighty layers: 1.6e-5 was seen.
+    assert_agree(our_outputs(config, images, sizes), transformers_oracle.run(model, images, sizes), 5e-5)
 
 
 @pytest.mark.parity

@@ -1,5 +1,6 @@
 """HF `transformers`' names of the weights of DETR and Deformable DETR (native ResNet backbone), and random weights."""
 
+import functools
 import re
 import zlib
 from collections.abc import Mapping
@@ -82,6 +83,7 @@ def random_weights(config: DETRConfig | DeformableDETRConfig) -> dict[str, np.nd
     return {path: _random(path, shape) for path, shape in shapes.items()}
 
 
+@functools.cache
 def _random(path: str, shape: tuple[int, ...]) -> np.ndarray:
     rng = np.random.default_rng(zlib.crc32(path.encode()))
     kind = path.rsplit(".", 1)[-1]
