@@ -372,6 +372,7 @@ def write_pictures(folder: str, index: CocoIndex, results: Sequence[Mapping[str,
             np.array([label_of[result["category_id"]] for result in found], int),
             np.array([result["score"] for result in found], float),
             index.category_names,
+            threshold=0.3,
         )
         picture.save(Path(folder) / f"{index.image_ids[i]}.jpg", quality=90)
     return number
