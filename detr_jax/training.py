@@ -125,7 +125,7 @@ def make_train_step(
             # Early on, the mean of all parameters so far: an average that has forgotten the initialisation.
             decay = jnp.minimum(config.optim.ema_decay, (1 + state["step"]) / (10 + state["step"]))
             new["ema"] = optax.incremental_update(params, state["ema"], 1 - decay)
-        return new, terms | {"loss": total, "grad_norm": optax.global_norm(grads)}
+        return new, terms | {"loss": total, "grad_norm": optax.tree.norm(grads)}
 
     return jax.jit(step, donate_argnums=0, static_argnames="canvas")
 

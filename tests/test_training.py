@@ -71,6 +71,7 @@ def tensors(directory: Path, step: int) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.slow
 def test_one_and_eight_devices_give_the_same_losses_and_gradients():
     config = tiny.config()
     index = load_split(config.data, "train")
@@ -114,6 +115,7 @@ def test_one_and_eight_devices_give_the_same_losses_and_gradients():
         np.testing.assert_allclose(eight["loss"], one["loss"], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_bit_identical(tmp_path, environment):
     """`kill -9` in mid-run, then the same command: every tensor as in the run that nothing interrupted."""
     flags = ("--train.max-steps", "10")
@@ -140,6 +142,7 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, environment):
     assert (tmp_path / "killed" / "curves.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_interruption_saves_and_exits_0(tmp_path, environment, number):
     recipe = tiny.recipe(tmp_path / "recipe.py", tiny.config(tmp_path / "run", checkpoint_every=1000))
@@ -155,6 +158,7 @@ def test_interruption_saves_and_exits_0(tmp_path, environment, number):
     assert step is not None and step >= 3
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(tmp_path, environment):
     single = start(
         tiny.recipe(tmp_path / "single.py", tiny.config(tmp_path / "single")), environment, "--train.max-steps", "4"
@@ -183,6 +187,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path, environment):
     np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_non_finite_loss_stops_with_step_terms_and_images(tmp_path, monkeypatch):
     config = tiny.config(tmp_path / "run", max_steps=4, checkpoint_every=1)
     original = training.set_prediction_loss
@@ -206,6 +211,7 @@ def test_non_finite_loss_stops_with_step_terms_and_images(tmp_path, monkeypatch)
     assert checkpoint.steps(str(tmp_path / "run"))[-1] == 2  # two finished steps, both before the bad one
 
 
+@pytest.mark.slow
 def test_training_goes_down_evaluates_and_resumes_a_finished_run(tmp_path, capsys):
     config = tiny.config(tmp_path / "run", epochs=1, eval_every=1, log_every=5)
     scores = training.train(config)
