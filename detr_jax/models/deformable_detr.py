@@ -11,7 +11,7 @@ from detr_jax.config import DeformableDETRConfig
 from detr_jax.models.attention import MSDeformAttn, MultiHeadAttention
 from detr_jax.models.layers import MLP, Dropout, FeedForward, inverse_sigmoid, layer_norm, linear
 from detr_jax.models.position import sine_boxes, sine_map
-from detr_jax.models.resnet import GroupNorm, ResNet, masked, valid_cells, valid_nearest
+from detr_jax.models.resnet import Conv, GroupNorm, ResNet, masked, valid_cells, valid_nearest
 
 
 class EncoderLayer(nnx.Module):
@@ -53,15 +53,9 @@ class InputProjection(nnx.Module):
     """Convolution to the transformer's width (1x1, or 3x3 with stride 2 for an extra level) and GroupNorm."""
 
     def __init__(self, n_in: int, config: DeformableDETRConfig, *, size: int, stride: int, rngs: nnx.Rngs):
-        self.conv = nnx.Conv(
-            n_in,
-            config.hidden_dim,
-            (size, size),
-            strides=stride,
-            padding=size // 2,
-            kernel_init=nnx.initializers.xavier_uniform(),
-            dtype=config.dtype,
-            rngs=rngs,
+        xavier = nnx.initializers.xavier_uniform()
+        self.conv = Conv(
+            n_in, config.hidden_dim, size, stride=stride, bias=True, kernel_init=xavier, dtype=config.dtype, rngs=rngs
         )
         self.norm = GroupNorm(config.hidden_dim)
         self.stride = stride

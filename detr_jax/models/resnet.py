@@ -10,17 +10,31 @@ from detr_jax.config import BackboneConfig
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
+KAIMING = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+
 
 class Buffer(nnx.Variable):
     """A constant of the model: saved with it, never trained."""
 
 
 class Conv(nnx.Module):
-    """Square convolution without bias, NHWC, padded as torchvision's; a 1x1 runs as a matrix product."""
+    """Square convolution, NHWC, padded as torchvision's; a 1x1 runs as a matrix product on `[n, c]`."""
 
-    def __init__(self, n_in: int, n_out: int, size: int, *, stride=1, dilation=1, dtype=None, rngs: nnx.Rngs):
-        kaiming = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
-        self.kernel = nnx.Param(kaiming(rngs.params(), (size, size, n_in, n_out), jnp.float32))
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        size: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        bias: bool = False,
+        kernel_init: jax.nn.initializers.Initializer = KAIMING,
+        dtype=None,
+        rngs: nnx.Rngs,
+    ):
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (size, size, n_in, n_out), jnp.float32))
+        self.bias = nnx.Param(nnx.initializers.zeros(rngs.params(), (n_out,), jnp.float32)) if bias else None
         self.stride, self.dilation, self.dtype = stride, dilation, dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -28,16 +42,19 @@ class Conv(nnx.Module):
         x = x.astype(self.dtype)
         size = kernel.shape[0]
         if size == 1:
-            return x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
-        pad = size // 2 * self.dilation
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            (self.stride, self.stride),
-            [(pad, pad), (pad, pad)],
-            rhs_dilation=(self.dilation, self.dilation),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+            x = x[:, :: self.stride, :: self.stride]
+            x = (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:3], -1)
+        else:
+            pad = size // 2 * self.dilation
+            x = jax.lax.conv_general_dilated(
+                x,
+                kernel,
+                (self.stride, self.stride),
+                [(pad, pad), (pad, pad)],
+                rhs_dilation=(self.dilation, self.dilation),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+        return x if self.bias is None else x + self.bias[...].astype(x.dtype)
 
 
 class FrozenBatchNorm(nnx.Module):

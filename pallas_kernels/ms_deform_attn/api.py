@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from pallas_kernels.ms_deform_attn.reference import ms_deform_attn_reference
 
@@ -11,10 +12,10 @@ IMPLEMENTATIONS = {"reference": ms_deform_attn_reference}
 
 
 def ms_deform_attn(
-    value: jax.Array,
+    value: ArrayLike,
     spatial_shapes: Sequence[tuple[int, int]],
-    sampling_locations: jax.Array,
-    attention_weights: jax.Array,
+    sampling_locations: ArrayLike,
+    attention_weights: ArrayLike,
     *,
     implementation: str | None = None,
     batch_axis: str = "data",
@@ -39,7 +40,9 @@ def ms_deform_attn(
         ValueError: shapes that do not fit together, or an unknown implementation.
     """
     spatial_shapes = tuple((int(height), int(width)) for height, width in spatial_shapes)
-    value, sampling_locations, attention_weights = map(jnp.asarray, (value, sampling_locations, attention_weights))
+    value, sampling_locations, attention_weights = (
+        jnp.asarray(x) for x in (value, sampling_locations, attention_weights)
+    )
     _check(value, spatial_shapes, sampling_locations, attention_weights)
     name = implementation or "reference"
     if name not in IMPLEMENTATIONS:
