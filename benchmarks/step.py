@@ -2,7 +2,8 @@
 
 Two-stage Deformable DETR, R50, float32, batch 1: forward, loss and backward at 480x640, inference at 800x1066. Both
 train the same layers (the stem and the first stage are frozen) on the same number of threads; compilation is not timed.
-The loss here also has the encoder's term, which transformers' leaves out.
+The loss here also has the encoder's term, which transformers' leaves out. On a machine that is doing other work too,
+threads that wait for each other distort the times: pin both to one core with `taskset -c 0`.
 
     pip install torch transformers
     python benchmarks/step.py
@@ -74,9 +75,9 @@ def ours(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, train: bool) 
         outputs = nnx.merge(graphdef, params, rest)(image, sizes)
         return outputs["pred_logits"], outputs["pred_boxes"]
 
-    image = jnp.asarray(image)
+    pixels = jnp.asarray(image)
     start = time.perf_counter()
-    args = (params, rest, image, jax.random.key(0)) if train else (params, rest, image)
+    args = (params, rest, pixels, jax.random.key(0)) if train else (params, rest, pixels)
     compiled = (step if train else infer).lower(*args).compile()
     memory = compiled.memory_analysis()
     size = f", {memory.temp_size_in_bytes / 2**30:.2f} GiB of temporaries" if memory else ""

@@ -40,11 +40,22 @@ def detect(model, canvas: tuple[int, int], companion: tuple[int, int] | None = N
     return {name: np.asarray(outputs[name][0]) for name in ("pred_logits", "pred_boxes")}
 
 
-SMALL = {"hidden_dim": 32, "num_heads": 4, "encoder_layers": 1, "decoder_layers": 2, "ffn_dim": 64, "num_queries": 12}
+SMALL = {
+    "hidden_dim": 32,
+    "num_heads": 4,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "ffn_dim": 64,
+    "num_queries": 12,
+    "num_classes": 5,
+}
 MODELS = {
-    "detr": DETRConfig(backbone=BackboneConfig(depth=18), num_classes=5, **SMALL),
-    "deformable": DeformableDETRConfig(backbone=BackboneConfig(depth=18), num_classes=5, **SMALL),
-    "group_norm": DeformableDETRConfig(backbone=BackboneConfig(depth=18, norm="group"), num_classes=5, **SMALL),
+    "detr": DETRConfig(backbone=BackboneConfig(depth=18), **SMALL),
+    "deformable": DeformableDETRConfig(backbone=BackboneConfig(depth=18), **SMALL),
+    "group_norm": DeformableDETRConfig(backbone=BackboneConfig(depth=18, norm="group"), **SMALL),
+    "two_stage": DeformableDETRConfig(
+        backbone=BackboneConfig(depth=18), **SMALL, num_levels=5, box_refinement=True, two_stage=True
+    ),
 }
 
 
@@ -52,25 +63,17 @@ MODELS = {
 def test_masked_padding_gives_the_same_boxes_in_any_canvas(name):
     model = detector(MODELS[name], mask_padding=True)
     expected = detect(model, (96, 128))
-    for canvas, companion in (((128, 192), None), ((101, 133), None), ((160, 160), (150, 70))):
+    for canvas, companion in (((101, 187), None), ((160, 160), (150, 70))):
         got = detect(model, canvas, companion)
         for key, value in expected.items():
-            # Sums over canvases of other sizes are added in another order: float32 noise through some twenty layers.
-            np.testing.assert_allclose(got[key], value, rtol=0, atol=2e-5, err_msg=f"{key} on {canvas}")
+            # Sums over canvases of other sizes are added in another order: float32 noise, 1e-6 was seen.
+            np.testing.assert_allclose(got[key], value, rtol=0, atol=5e-6, err_msg=f"{key} on {canvas}")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["detr", "deformable", "group_norm"])
 def test_official_padding_moves_the_boxes(name):
-    """The docstrings of the models state this: some thousandths of the image with random weights."""
+    """By some thousandths of the image and some tenths of a logit, as the docstrings of the models say."""
     model = detector(MODELS[name], mask_padding=False)
     expected, got = detect(model, (96, 128)), detect(model, (128, 192))
-    moved = np.abs(got["pred_boxes"] - expected["pred_boxes"]).max()
-    assert 1e-4 < moved < 0.2, moved
-
-
-def test_two_stage_proposals_do_not_depend_on_the_canvas():
-    config = dataclasses.replace(MODELS["deformable"], box_refinement=True, two_stage=True)
-    model = detector(config, mask_padding=True)
-    expected, got = detect(model, (96, 128)), detect(model, (128, 192))
-    # The queries are the 12 best tokens: equal tokens in equal order.
-    np.testing.assert_allclose(got["pred_boxes"], expected["pred_boxes"], rtol=0, atol=2e-5)
+    assert 1e-3 < np.abs(got["pred_boxes"] - expected["pred_boxes"]).max() < 1e-2
+    assert 0.05 < np.abs(got["pred_logits"] - expected["pred_logits"]).max() < 0.5

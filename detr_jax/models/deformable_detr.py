@@ -83,6 +83,11 @@ class Proposals(nnx.Module):
         (0.01, 0.99) and those in the padding are out: their box is (1, 1, 1, 1), as sigmoid(inf) is in the official
         code. Here a large finite logit stands for inf, which has no NaN gradient.
         """
+        if memory.shape[1] < self.num_queries:
+            raise ValueError(
+                f"two-stage takes {self.num_queries} queries from the image's tokens, but there are only "
+                f"{memory.shape[1]}: use larger images, more levels or fewer model.num_queries"
+            )
         boxes = jnp.concatenate([cell_boxes(v, 0.05 * 2**level) for level, v in enumerate(valid_maps)], 1)
         usable = jnp.all((boxes > 0.01) & (boxes < 0.99), -1, keepdims=True) & valid[..., None]
         boxes = jnp.clip(boxes, 0.01, 0.99)
@@ -102,8 +107,11 @@ class Proposals(nnx.Module):
 class DeformableDETR(nnx.Module):
     """Deformable transformers for end-to-end object detection.
 
-    With `backbone.mask_padding` off (the published model), the padding leaks into the features near the image's edge:
-    see `detr_jax.models.detr.DETR`; GroupNorm's statistics over the whole canvas add to it here.
+    With `backbone.mask_padding` off (the published model), the padding leaks into the features near the image's edge,
+    as in `detr_jax.models.detr.DETR`, and into GroupNorm's statistics: the boxes of an image move with the canvas it is
+    padded to, by 0.6% of its size (and logits by 0.3) for a small image and random weights (`tests/test_padding.py`);
+    with two-stage, proposals of similar score change places too. With it on, they do not depend on canvas and batch but
+    for float32 noise.
     """
 
     def __init__(self, config: DeformableDETRConfig, *, rngs: nnx.Rngs):
