@@ -6,26 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from transformers_weights import load, random_weights
 
 from detr_jax.config import BackboneConfig, DeformableDETRConfig, DETRConfig
-from detr_jax.models import build
 
 SIZE = (90, 118)
 
 
 def detector(config, mask_padding: bool):
-    """A small detector: biases and box layers away from their initial zeros, so that padding can matter."""
+    """A small detector with random weights: with the initial ones, biases and box layers of zero hide the padding."""
     config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, mask_padding=mask_padding))
-    model = build(config, rngs=nnx.Rngs(0))
-    keys = iter(jax.random.split(jax.random.key(1), 1000))
-
-    def vary(path, leaf):
-        small = 0.05 * jax.random.normal(next(keys), leaf.shape)
-        return leaf + small if path[-1].key in ("bias", "mean") or "bbox_embed" in str(path) else leaf
-
-    graphdef, state = nnx.split(model)
-    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(vary, nnx.to_pure_dict(state)))
+    return load(config, random_weights(config))
 
 
 def detect(model, canvas: tuple[int, int], companion: tuple[int, int] | None = None) -> dict:
@@ -52,9 +43,8 @@ SMALL = {
 MODELS = {
     "detr": DETRConfig(backbone=BackboneConfig(depth=18), **SMALL),
     "deformable": DeformableDETRConfig(backbone=BackboneConfig(depth=18), **SMALL),
-    "group_norm": DeformableDETRConfig(backbone=BackboneConfig(depth=18, norm="group"), **SMALL),
-    "two_stage": DeformableDETRConfig(
-        backbone=BackboneConfig(depth=18), **SMALL, num_levels=5, box_refinement=True, two_stage=True
+    "two_stage_group_norm": DeformableDETRConfig(
+        backbone=BackboneConfig(depth=18, norm="group"), **SMALL, num_levels=5, box_refinement=True, two_stage=True
     ),
 }
 
@@ -70,10 +60,10 @@ def test_masked_padding_gives_the_same_boxes_in_any_canvas(name):
             np.testing.assert_allclose(got[key], value, rtol=0, atol=5e-6, err_msg=f"{key} on {canvas}")
 
 
-@pytest.mark.parametrize("name", ["detr", "deformable", "group_norm"])
+@pytest.mark.parametrize("name", ["detr", "deformable"])
 def test_official_padding_moves_the_boxes(name):
-    """By some thousandths of the image and some tenths of a logit, as the docstrings of the models say."""
+    """By some hundredths of the image and some tenths of a logit, as the docstrings of the models say."""
     model = detector(MODELS[name], mask_padding=False)
     expected, got = detect(model, (96, 128)), detect(model, (128, 192))
-    assert 1e-3 < np.abs(got["pred_boxes"] - expected["pred_boxes"]).max() < 1e-2
-    assert 0.05 < np.abs(got["pred_logits"] - expected["pred_logits"]).max() < 0.5
+    assert 0.01 < np.abs(got["pred_boxes"] - expected["pred_boxes"]).max() < 0.2
+    assert 0.2 < np.abs(got["pred_logits"] - expected["pred_logits"]).max() < 2

@@ -17,8 +17,8 @@ SMALL = {
     "num_classes": 5,
     "hidden_dim": 64,
     "num_heads": 4,
-    "encoder_layers": 2,
-    "decoder_layers": 3,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
     "ffn_dim": 96,
     "num_queries": 12,
 }
@@ -26,8 +26,7 @@ SMALL_MODELS = {
     "detr": DETRConfig(**SMALL),
     "detr_learned": DETRConfig(**SMALL, position="learned"),
     "deformable_single_scale": DeformableDETRConfig(**SMALL, num_levels=1),
-    "deformable": DeformableDETRConfig(**SMALL, encoder_points=3, decoder_points=2),
-    "deformable_five_levels": DeformableDETRConfig(**SMALL, num_levels=5),
+    "deformable_five_levels": DeformableDETRConfig(**SMALL, num_levels=5, encoder_points=3, decoder_points=2),
     "deformable_refine": DeformableDETRConfig(**SMALL, box_refinement=True),
     "deformable_two_stage": DeformableDETRConfig(**SMALL, box_refinement=True, two_stage=True),
 }

@@ -92,7 +92,7 @@ def _random(path: str, shape: tuple[int, ...]) -> np.ndarray:
         x = rng.standard_normal(shape) * np.sqrt(gain / np.prod(shape[:-1]))
     elif kind in ("scale", "weight", "var"):
         # A residual branch adds little, or the sum over all blocks would grow.
-        last = re.search(r"norms\.2\.weight", path) or ("norms.1.weight" in path and shape[0] >= 1024)
+        last = re.search(r"norms\.2\.(scale|weight)", path)
         x = rng.uniform(0.1, 0.3, shape) if last else rng.uniform(0.5, 1.5, shape)
     elif kind == "bias" and "sampling_offsets" in path:
         x = 2 * rng.standard_normal(shape)  # pixels: far enough to leave the map

@@ -109,9 +109,9 @@ class DeformableDETR(nnx.Module):
 
     With `backbone.mask_padding` off (the published model), the padding leaks into the features near the image's edge,
     as in `detr_jax.models.detr.DETR`, and into GroupNorm's statistics: the boxes of an image move with the canvas it is
-    padded to, by 0.6% of its size (and logits by 0.3) for a small image and random weights (`tests/test_padding.py`);
-    with two-stage, proposals of similar score change places too. With it on, they do not depend on canvas and batch but
-    for float32 noise.
+    padded to, with random weights by up to 0.05 of the image's size (logits by 0.5) for an image of 90 x 118 pixels,
+    and by 0.1 (0.7) for one of 400 x 500; with two-stage, proposals of similar score change places too. With it on,
+    boxes and logits do not depend on canvas and batch but for float32 noise. `tests/test_padding.py` holds both.
     """
 
     def __init__(self, config: DeformableDETRConfig, *, rngs: nnx.Rngs):

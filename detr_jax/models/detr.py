@@ -60,8 +60,9 @@ class DETR(nnx.Module):
 
     With `backbone.mask_padding` off (the published model), the convolutions' zero padding meets the image's edge at a
     place that depends on the canvas, and frozen BatchNorm writes its shift into the padding: the boxes of an image
-    move with the canvas it is padded to, by 0.2% of its size (and logits by 0.1) for a small image and random weights
-    (`tests/test_padding.py`). With it on, they do not depend on canvas and batch but for float32 noise.
+    move with the canvas it is padded to, and with random weights by up to 0.12 of the image's size (logits by 1.0) for
+    an image of 90 x 118 pixels and by 0.01 (0.25) for one of 400 x 500. With it on, boxes and logits do not depend on
+    canvas and batch but for float32 noise. `tests/test_padding.py` holds both.
     """
 
     def __init__(self, config: DETRConfig, *, rngs: nnx.Rngs):
