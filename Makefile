@@ -7,6 +7,8 @@ TORCH ?= torch==2.13.0
 
 .PHONY: demo test test-slow parity lint clean
 
+# Huge pages make a step on the CPU an eighth shorter on Linux; other systems ignore the variable.
+demo: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 demo: $(VENV)/.installed
 	$(BIN)/python train.py --config configs/bccd.py
 	$(BIN)/python eval.py --checkpoint runs/bccd --pictures runs/bccd/pictures --results runs/bccd/results.json

@@ -36,7 +36,7 @@ class DETRConfig:
     num_classes: int = 91
     """Object classes, without "no object". Training reads it off the annotations."""
     hidden_dim: int = 256
-    """Width of the transformer."""
+    """Width of the transformer; a multiple of 4, for the sines and cosines of x and y."""
     num_heads: int = 8
     """Attention heads; must divide `hidden_dim`."""
     encoder_layers: int = 6
@@ -55,6 +55,9 @@ class DETRConfig:
     """Position encoding of the feature map."""
     dtype: Dtype = "float32"
     """Compute type; parameters, coordinates and losses stay float32."""
+
+    def __post_init__(self):
+        _check_model(self, multiple=4)
 
     @classmethod
     def r50(cls) -> "DETRConfig":
@@ -86,7 +89,7 @@ class DeformableDETRConfig:
     num_classes: int = 91
     """Outputs of the class head (sigmoid, no "no object"). Training reads it off the annotations."""
     hidden_dim: int = 256
-    """Width of the transformer."""
+    """Width of the transformer; a multiple of 32, the groups of the input projections' GroupNorm."""
     num_heads: int = 8
     """Attention heads; must divide `hidden_dim`."""
     encoder_layers: int = 6
@@ -115,6 +118,7 @@ class DeformableDETRConfig:
     """Compute type; parameters, coordinates and losses stay float32."""
 
     def __post_init__(self):
+        _check_model(self, multiple=32)
         if self.two_stage and not self.box_refinement:
             raise ValueError("model.two_stage needs model.box_refinement: pass --model.box-refinement too")
 
@@ -142,6 +146,26 @@ class DeformableDETRConfig:
     def r50_two_stage(cls) -> "DeformableDETRConfig":
         """++ two-stage: AP 46.9 after 50 epochs."""
         return cls(box_refinement=True, two_stage=True)
+
+
+def _check_model(model: DETRConfig | DeformableDETRConfig, *, multiple: int) -> None:
+    """Raises `ValueError` for sizes that cannot be built."""
+    counts = (
+        "num_heads",
+        "num_queries",
+        "num_classes",
+        "decoder_layers",
+        "num_levels",
+        "encoder_points",
+        "decoder_points",
+    )
+    for name in counts:
+        value = getattr(model, name, 1)
+        if value < 1:
+            raise ValueError(f"model.{name}={value} must be at least 1")
+    for factor, what in ((multiple, str(multiple)), (model.num_heads, f"model.num_heads={model.num_heads}")):
+        if model.hidden_dim % factor or model.hidden_dim < 1:
+            raise ValueError(f"model.hidden_dim={model.hidden_dim} must be a multiple of {what}")
 
 
 @dataclasses.dataclass(frozen=True)

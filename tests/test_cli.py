@@ -101,3 +101,18 @@ def test_configuration_survives_json(config):
 def test_two_stage_needs_refinement():
     with pytest.raises(ValueError, match=r"model\.two_stage needs model\.box_refinement"):
         DeformableDETRConfig(two_stage=True)
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "message"),
+    [
+        (DeformableDETRConfig, {"hidden_dim": 80}, r"model\.hidden_dim=80 must be a multiple of 32"),
+        (DeformableDETRConfig, {"hidden_dim": 96, "num_heads": 5}, r"must be a multiple of model\.num_heads=5"),
+        (DeformableDETRConfig, {"num_levels": 0}, r"model\.num_levels=0 must be at least 1"),
+        (DETRConfig, {"hidden_dim": 90, "num_heads": 9}, r"model\.hidden_dim=90 must be a multiple of 4"),
+        (DETRConfig, {"num_queries": 0}, r"model\.num_queries=0 must be at least 1"),
+    ],
+)
+def test_sizes_that_cannot_be_built_are_refused(model, fields, message):
+    with pytest.raises(ValueError, match=message):
+        model(**fields)
