@@ -15,7 +15,7 @@ config = Config(
         decoder_layers=3,
         ffn_dim=512,
         dropout=0.0,
-        num_queries=100,
+        num_queries=50,
         num_levels=3,
         box_refinement=True,
         two_stage=True,
@@ -23,6 +23,8 @@ config = Config(
     data=DataConfig(
         root="tests/data/bccd", scales=(240,), max_size=320, crop=False, eval_scale=240, max_source_side=320, cache=True
     ),
-    optim=OptimConfig(lr=4e-4, backbone_lr_factor=1.0, offsets_lr_factor=1.0, drop_at=0.8, ema_decay=0.99),
-    train=TrainConfig(output_dir="runs/bccd", batch_size=2, epochs=7, log_every=25, eval_every=0, checkpoint_every=200),
+    optim=OptimConfig(
+        lr=4e-4, backbone_lr_factor=1.0, offsets_lr_factor=1.0, warmup_steps=50, drop_at=0.7, ema_decay=0.99
+    ),
+    train=TrainConfig(output_dir="runs/bccd", batch_size=2, epochs=10, log_every=25, eval_every=0, checkpoint_every=200),
 )
