@@ -106,6 +106,12 @@ def latest_step(directory: str) -> int | None:
     return max(steps(directory), default=None)
 
 
+def best_or_latest(directory: str) -> Step:
+    """`best`, or `latest` where no checkpoint was saved with an AP."""
+    scored = any(_metadata(_root(directory) / str(step))["AP"] is not None for step in steps(directory))
+    return "best" if scored else "latest"
+
+
 def read_metadata(directory: str, step: Step = "latest") -> dict[str, Any]:
     """What was saved as `metadata`, and `"step"` (int), `"AP"` (float or None) and `"entries"` (names in the state).
 

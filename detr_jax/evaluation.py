@@ -248,10 +248,8 @@ def evaluate_checkpoint(
         FileNotFoundError: no such checkpoint.
         DataError: something is wrong with the data set.
     """
-    if step == "best" and all(
-        checkpoint.read_metadata(directory, s)["AP"] is None for s in checkpoint.steps(directory)
-    ):
-        step = "latest"
+    if step == "best":
+        step = checkpoint.best_or_latest(directory)
     saved = checkpoint.read_metadata(directory, step)
     config = dataclasses.replace(from_dict(saved["config"], saved["model"]), data=data)
     index = load_split(data, "val", category_ids=saved["category_ids"])

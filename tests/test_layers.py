@@ -7,10 +7,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEVELS = {
-    **dict.fromkeys(["config", "boxes"], 0),
-    **dict.fromkeys(["matching", "losses", "models", "data", "pretrained"], 1),
+    **dict.fromkeys(["config", "boxes", "categories"], 0),
+    **dict.fromkeys(["matching", "losses", "models", "data", "dialects", "pretrained"], 1),
     **dict.fromkeys(["sharding", "checkpoint", "metrics"], 2),
-    **dict.fromkeys(["visualize", "evaluation", "training", "cli"], 3),
+    **dict.fromkeys(["visualize", "evaluation", "detector", "training", "cli"], 3),
 }
 FILES = sorted([*(ROOT / "detr_jax").rglob("*.py"), *(ROOT / "pallas_kernels").rglob("*.py")])
 

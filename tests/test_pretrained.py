@@ -1,15 +1,23 @@
-"""torchvision's ResNet files: every tensor finds its place, or is named."""
+"""Other implementations' checkpoints: every tensor finds its place, both ways, or is named."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_parity
+import transformers_weights
 from flax import nnx
 from safetensors.numpy import save_file
 
-from detr_jax.config import BackboneConfig, DeformableDETRConfig
+from detr_jax import dialects, pretrained
+from detr_jax.categories import Categories
+from detr_jax.config import BackboneConfig, DeformableDETRConfig, DETRConfig
 from detr_jax.models import build, split
-from detr_jax.pretrained import load_backbone, read_tensors, torchvision_name
+from detr_jax.pretrained import load_backbone, read_tensors
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +56,9 @@ def test_every_tensor_lands_where_its_name_says(detector, tensors, tmp_path):
     _, params, buffers = detector
     save_file(tensors, tmp_path / "resnet18.safetensors")
     new_params, new_buffers = load_backbone(str(tmp_path / "resnet18.safetensors"), params, buffers)
-    leaves = jax.tree_util.tree_leaves_with_path((new_params["backbone"], new_buffers["backbone"]))
-    names = {torchvision_name(tuple(part.key for part in path[1:])) for path, _ in leaves}
-    assert names == {name for name in tensors if not name.startswith("fc.") and "num_batches" not in name}
+    numbers = sum(leaf.size for leaf in jax.tree.leaves((new_params["backbone"], new_buffers["backbone"])))
+    used = {name: x for name, x in tensors.items() if not name.startswith("fc.") and "num_batches" not in name}
+    assert numbers == sum(x.size for x in used.values())
     kernel = new_params["backbone"]["stages"][1][0]["convs"][0]["kernel"]
     np.testing.assert_array_equal(kernel, tensors["layer2.0.conv1.weight"].transpose(2, 3, 1, 0))
     np.testing.assert_array_equal(new_buffers["backbone"]["stem_norm"]["var"], tensors["bn1.running_var"])
@@ -67,9 +75,9 @@ def test_tensors_that_do_not_fit_are_named_with_both_shapes(detector, tensors, t
     with pytest.raises(ValueError, match="3 tensors do not fit") as error:
         load_backbone(str(tmp_path / "wrong.safetensors"), params, buffers)
     message = str(error.value)
-    assert "layer1.0.conv1.weight: (1, 1, 64, 64), expected (3, 3, 64, 64)" in message
-    assert "bn1.bias: missing, expected (64,)" in message
-    assert "layer9.weight: (3,), not expected" in message
+    assert "layer1.0.conv1.weight: [1, 1, 64, 64] in our layout, expected [3, 3, 64, 64]" in message
+    assert "bn1.bias: missing, expected [64]" in message
+    assert "layer9.weight: [3], not expected" in message
 
 
 def test_group_norm_is_refused(tmp_path, tensors):
@@ -82,6 +90,261 @@ def test_group_norm_is_refused(tmp_path, tensors):
 def test_missing_and_foreign_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no such file; expected a \.safetensors or \.pth"):
         read_tensors(str(tmp_path / "none.safetensors"))
-    (tmp_path / "weights.bin").write_bytes(b"")
+    (tmp_path / "weights.onnx").write_bytes(b"")
     with pytest.raises(ValueError, match=r"expected a \.safetensors or \.pth file"):
-        read_tensors(str(tmp_path / "weights.bin"))
+        read_tensors(str(tmp_path / "weights.onnx"))
+    (tmp_path / "broken.safetensors").write_bytes(b"not a header")
+    with pytest.raises(ValueError, match=r"not a \.safetensors file, or a damaged one"):
+        read_tensors(str(tmp_path / "broken.safetensors"))
+    with pytest.raises(ValueError, match=r"expected config\.json and model\.safetensors of transformers, found"):
+        read_tensors(tmp_path)
+
+
+# --- whole detectors ---
+
+SMALL: dict[str, Any] = {
+    "backbone": BackboneConfig(depth=18),
+    "num_classes": 5,
+    "hidden_dim": 32,
+    "num_heads": 4,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "ffn_dim": 48,
+    "num_queries": 12,
+}
+MODELS = {
+    "detr": DETRConfig(**SMALL),
+    "detr_r50": DETRConfig(**SMALL | {"backbone": BackboneConfig(depth=50)}),
+    "detr_dc5": DETRConfig(**SMALL | {"backbone": BackboneConfig(depth=18, dilation=True)}),
+    "detr_pre_norm_learned": DETRConfig(**SMALL, pre_norm=True, position="learned"),
+    "single_scale": DeformableDETRConfig(**SMALL, num_levels=1),
+    "single_scale_dc5": DeformableDETRConfig(
+        **SMALL | {"backbone": BackboneConfig(depth=18, dilation=True)}, num_levels=1
+    ),
+    "multi_scale": DeformableDETRConfig(**SMALL),
+    "refine": DeformableDETRConfig(**SMALL, box_refinement=True, num_levels=5, encoder_points=3),
+    "two_stage": DeformableDETRConfig(**SMALL, box_refinement=True, two_stage=True),
+    "group_norm": DeformableDETRConfig(**SMALL | {"backbone": BackboneConfig(depth=18, norm="group", freeze_at=0)}),
+}
+CELLS = Categories.contiguous({3: "RBC", 7: "WBC", 9: "platelet", 12: "other", 40: "dust"})
+FACTS = {"num_heads": 4}
+
+
+def model_of(config):
+    return transformers_weights.load(config, transformers_weights.random_weights(config))
+
+
+def assert_same(a, b):
+    """Equal models, bit by bit."""
+    a, b = (dict(nnx.to_flat_state(nnx.state(model))) for model in (a, b))
+    assert a.keys() == b.keys()
+    for path, leaf in a.items():
+        np.testing.assert_array_equal(leaf[...], b[path][...], err_msg=str(path))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_official_names_and_back_are_bit_identical(name, tmp_path):
+    config, model = MODELS[name], model_of(MODELS[name])
+    pretrained.save(tmp_path / "model.safetensors", model, config, CELLS)
+    back = pretrained.load(tmp_path / "model.safetensors")
+    assert back.config == config and back.categories == CELLS
+    assert_same(back.model, model)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_variant_is_inferred_from_the_tensors_alone(name, tmp_path):
+    config, model = MODELS[name], model_of(MODELS[name])
+    dialect = dialects.OFFICIAL_DETR if "detr" in name else dialects.OFFICIAL_DEFORMABLE
+    path = tmp_path / ("r18-dc5.safetensors" if config.backbone.dilation else "r18.safetensors")
+    save_file({k: np.ascontiguousarray(v) for k, v in pretrained.export(model, config, dialect).items()}, path)
+    back = pretrained.load(path, num_heads=4)
+    # The number of a two-stage model's queries is in no tensor: the published one.
+    assert back.config == dataclasses.replace(config, num_queries=300 if name == "two_stage" else 12)
+    assert_same(back.model, model)
+    assert dialect.title in back.report
+
+
+@pytest.mark.parametrize("name", ["detr", "detr_r50", "single_scale", "multi_scale", "refine", "two_stage"])
+def test_transformers_folder_and_back_is_bit_identical(name, tmp_path):
+    config, model = MODELS[name], model_of(MODELS[name])
+    pretrained.save(tmp_path / "folder", model, config, CELLS)
+    back = pretrained.load(tmp_path / "folder")
+    assert back.config == config
+    assert back.categories.names == CELLS.names
+    assert_same(back.model, model)
+
+
+@pytest.mark.parametrize("name", ["single_scale", "multi_scale", "refine", "two_stage"])
+@pytest.mark.parametrize("dialect", [dialects.DETREX_DEFORMABLE, dialects.MMDET_DEFORMABLE, dialects.MMDET2_DEFORMABLE])
+def test_detrex_and_mmdetection(name, dialect, tmp_path):
+    config, model = MODELS[name], model_of(MODELS[name])
+    tensors = pretrained.export(model, config, dialect)
+    # The levels beyond the backbone's are `extra_convs` there; mmdetection's convolutions before a norm have no bias.
+    scales = min(config.num_levels, 3)
+    for old in [key for key in tensors if key.startswith("neck.convs.")]:
+        level, rest = old.removeprefix("neck.convs.").split(".", 1)
+        if int(level) >= scales:
+            tensors[f"neck.extra_convs.{int(level) - scales}.{rest}"] = tensors.pop(old)
+    mmdet = dialect is not dialects.DETREX_DEFORMABLE
+    if mmdet:
+        tensors = {k: v for k, v in tensors.items() if not k.endswith("conv.bias")}
+        model = nnx.merge(*nnx.split(model))
+        for projection in model.input_proj:
+            projection.conv.bias[...] = jnp.zeros(32)
+    fuse = {k: np.ascontiguousarray(v) for k, v in pretrained.fused(tensors).items()}
+    save_file(fuse, tmp_path / "model.safetensors")
+    back = pretrained.load(tmp_path / "model.safetensors", num_heads=4)
+    assert back.report.startswith(f"{tmp_path / 'model.safetensors'}: {dialect.title}")
+    assert_same(back.model, model)
+
+
+def names_of(tensors: Iterable[str], prefix: str) -> set[str]:
+    return {name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
+
+
+def test_names_are_those_of_the_official_code():
+    """Spelt out from models/deformable_detr.py, deformable_transformer.py and ops/modules/ms_deform_attn.py."""
+    config = MODELS["two_stage"]
+    tensors = pretrained.export(model_of(config), config, dialects.OFFICIAL_DEFORMABLE)
+    deformable = {
+        f"{part}.{leaf}"
+        for part in ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
+        for leaf in ("weight", "bias")
+    }
+    ffn = {f"linear{i}.{leaf}" for i in (1, 2) for leaf in ("weight", "bias")}
+
+    def norms(n):
+        return {f"norm{i + 1}.{leaf}" for i in range(n) for leaf in ("weight", "bias")}
+
+    assert names_of(tensors, "transformer.encoder.layers.1.") == (
+        {f"self_attn.{name}" for name in deformable} | ffn | norms(2)
+    )
+    assert names_of(tensors, "transformer.decoder.layers.1.") == (
+        {f"cross_attn.{name}" for name in deformable}
+        | {f"self_attn.{n}" for n in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")}
+        | (ffn | norms(3))
+    )
+    heads = {f"class_embed.{i}.{leaf}" for i in range(3) for leaf in ("weight", "bias")} | {
+        f"bbox_embed.{i}.layers.{j}.{leaf}" for i in range(3) for j in range(3) for leaf in ("weight", "bias")
+    }
+    assert {name for name in tensors if "_embed" in name} == (
+        heads | {f"transformer.decoder.{name}" for name in heads} | {"transformer.level_embed"}
+    )
+    assert names_of(tensors, "transformer.") - names_of(tensors, "transformer.decoder.") >= {
+        f"{name}.{leaf}"
+        for name in ("enc_output", "enc_output_norm", "pos_trans", "pos_trans_norm")
+        for leaf in ("weight", "bias")
+    }
+    assert names_of(tensors, "input_proj.3.") == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    assert tensors["transformer.decoder.layers.0.self_attn.in_proj_weight"].shape == (96, 32)
+    # The decoder's first norm there belongs to the cross-attention.
+    ours = model_of(config).decoder[0].norm2.scale[...]
+    np.testing.assert_array_equal(tensors["transformer.decoder.layers.0.norm1.weight"], ours)
+
+
+def test_a_checkpoint_that_does_not_fit_is_named_with_both_shapes(tmp_path):
+    config = MODELS["multi_scale"]
+    tensors = pretrained.export(model_of(config), config, dialects.OFFICIAL_DEFORMABLE)
+    tensors["transformer.encoder.layers.0.linear1.weight"] = np.zeros((7, 32), np.float32)
+    del tensors["transformer.level_embed"]
+    with pytest.raises(ValueError, match="2 tensors do not fit Deformable DETR") as error:
+        pretrained.assemble(config, pretrained.translate(tensors, "x")[1], "x")
+    assert "encoder.0.ffn.linear1.weight: [32, 7] in our layout, expected [32, 48]" in str(error.value)
+    assert "level_embed: missing, expected [4, 32]" in str(error.value)
+
+
+def test_an_unknown_checkpoint_names_what_is_unknown(tmp_path):
+    save_file(
+        {"transformer.level_embed": np.zeros(3), "mask_head.weight": np.zeros((2, 2))}, tmp_path / "x.safetensors"
+    )
+    with pytest.raises(ValueError, match=r"(?s)Nearest: official Deformable DETR.*mask_head\.weight: \[2, 2\]"):
+        pretrained.load(tmp_path / "x.safetensors")
+
+
+def test_heads_stored_twice_must_agree():
+    config = MODELS["refine"]
+    tensors = pretrained.export(model_of(config), config, dialects.OFFICIAL_DEFORMABLE)
+    tensors["transformer.decoder.bbox_embed.0.layers.0.bias"] = np.ones(32, np.float32)
+    with pytest.raises(ValueError, match=r"both stand for bbox_embed\.0\.layers\.0\.bias, with different values"):
+        pretrained.translate(tensors, "x")
+
+
+def test_what_transformers_lacks_is_refused(tmp_path):
+    for name, lack in {
+        "detr_dc5": "dilation",
+        "group_norm": "norm='group'",
+        "detr_pre_norm_learned": "pre_norm",
+    }.items():
+        with pytest.raises(ValueError, match=lack):
+            pretrained.save(tmp_path / name, model_of(MODELS[name]), MODELS[name], CELLS)
+
+
+def test_categories_of_coco():
+    sparse, contiguous = Categories.guess(91), Categories.guess(80)
+    assert sparse.names[1] == "person" and sparse.ids[1] == 1 and sparse.names[12] == "N/A"
+    assert contiguous.names[0] == "person" and contiguous.ids[0] == 1
+    assert (contiguous.names[79], contiguous.ids[79]) == (sparse.names[90], 90)
+    assert len([name for name in sparse.names if name != "N/A"]) == 80
+    assert Categories.guess(3).names == ("class 0", "class 1", "class 2")
+
+
+# --- files that take PyTorch ---
+
+
+@pytest.mark.parity
+def test_official_pth_with_its_command_line(tmp_path):
+    import argparse
+
+    import torch
+
+    config = dataclasses.replace(MODELS["two_stage"], num_queries=20)
+    model = model_of(config)
+    state = {
+        k: torch.from_numpy(v.copy()) for k, v in pretrained.export(model, config, dialects.OFFICIAL_DEFORMABLE).items()
+    }
+    args = argparse.Namespace(nheads=4, num_queries=20, dilation=False, enc_n_points=4, lr=2e-4, lr_drop=40)
+    torch.save({"model": state, "epoch": 49, "args": args}, tmp_path / "r50.pth")
+    back = pretrained.load(tmp_path / "r50.pth")
+    assert back.config == config
+    assert_same(back.model, model)
+
+
+@pytest.mark.parity
+def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path):
+    import os
+
+    import torch
+
+    class Attack:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    torch.save({"model": {"w": torch.zeros(1)}, "args": Attack()}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match=r"evil\.pth: refused"):
+        pretrained.load(tmp_path / "evil.pth")
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["detr", "detr_r50", "single_scale", "multi_scale", "refine", "two_stage"])
+def test_transformers_reads_and_writes_the_same_model(name, tmp_path):
+    """Ours -> their `from_pretrained` -> the same outputs; their `save_pretrained` -> ours -> the same outputs."""
+    import torch
+    import transformers
+
+    config, model = MODELS[name], model_of(MODELS[name])
+    pretrained.save(tmp_path / "ours", model, config, CELLS)
+    kind = "DetrForObjectDetection" if isinstance(config, DETRConfig) else "DeformableDetrForObjectDetection"
+    theirs, info = getattr(transformers, kind).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    images, sizes = test_parity.padded_batch(100, 135)
+    expected = jax.tree.map(np.asarray, nnx.jit(lambda m: m(images, sizes))(model))
+    with torch.no_grad():
+        h, w = images.shape[1:3]
+        valid = (np.arange(h) < sizes[:, :1])[:, :, None] & (np.arange(w) < sizes[:, 1:])[:, None]
+        got = theirs.eval()(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), torch.from_numpy(valid))
+    # Float32 noise of numbers of order 1; the oracle's own test holds more models and layers.
+    np.testing.assert_allclose(got.logits.numpy(), expected["pred_logits"], atol=5e-5)
+    np.testing.assert_allclose(got.pred_boxes.numpy(), expected["pred_boxes"], atol=5e-5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert_same(pretrained.load(tmp_path / "theirs").model, model)

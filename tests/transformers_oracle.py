@@ -4,14 +4,15 @@ Where it differs from the official PyTorch code, it is put right here.
 """
 
 import copy
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from transformers_weights import our_path, their_layout
 
+from detr_jax import dialects, pretrained
 from detr_jax.config import BackboneConfig, DeformableDETRConfig, DETRConfig
 from detr_jax.models.resnet import BLOCKS
 
@@ -80,11 +81,17 @@ def _resnet(config: BackboneConfig, stages: list[str]) -> transformers.ResNetCon
 
 def load(model: torch.nn.Module, config: DETRConfig | DeformableDETRConfig, weights: Mapping[str, np.ndarray]) -> None:
     """Give their model our weights; every tensor of theirs must have one, and every one of ours must be used."""
+    table = dialects.compiled((dialects.HF_DETR if isinstance(config, DETRConfig) else dialects.HF_DEFORMABLE).rows)
+    paths = {pretrained.canonical(path.split(".")): path for path in weights}
     unused = set(weights)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            path = our_path(name, config)
-            array = their_layout(path, weights[path], tensor.ndim == 4)
+            ours = dialects.renamed(name, table)[0]
+            if isinstance(config, DeformableDETRConfig) and not config.box_refinement:
+                # One head for all layers; theirs shares it under as many names.
+                ours = re.sub(r"^(class|bbox)_embed\.\d+\.", r"\1_embed.0.", ours)
+            path = paths[ours]
+            array = pretrained.to_theirs(weights[path], ours, path.endswith(".kernel"))
             assert tensor.shape == array.shape, f"{name} {tuple(tensor.shape)}, our {path} {array.shape}"
             tensor.copy_(torch.from_numpy(array.copy()))
             unused.discard(path)

@@ -1,0 +1,266 @@
+"""Detection in three lines.
+
+detector = Detector.from_pretrained("runs/bccd")
+detections = detector("photo.jpg")
+detections.draw().save("boxes.jpg")
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from detr_jax import checkpoint, pretrained, sharding
+from detr_jax.categories import Categories
+from detr_jax.config import DETRConfig, from_dict
+from detr_jax.data.buckets import smallest_bucket
+from detr_jax.data.resample import IMAGENET_MEAN, IMAGENET_STD
+from detr_jax.data.transforms import resized
+from detr_jax.evaluation import postprocess, restore_model
+from detr_jax.pretrained import ModelConfig
+from detr_jax.visualize import draw_detections
+
+Photo = Image.Image | np.ndarray | str | os.PathLike[str]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Detections:
+    """What was found in one photo, best first."""
+
+    boxes_xyxy: np.ndarray
+    """float32 [n, 4], pixels of the photo; inside of it."""
+    scores: np.ndarray
+    """float32 [n] in [0, 1]."""
+    labels: np.ndarray
+    """int32 [n]: outputs of the class head."""
+    categories: Categories
+    """What the labels stand for."""
+    photo: Image.Image = dataclasses.field(repr=False)
+    """The photo, upright, RGB."""
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    @property
+    def category_ids(self) -> list[int]:
+        """Category id of each box, as in the annotations that the model was trained on."""
+        return [self.categories.ids[label] for label in self.labels]
+
+    @property
+    def names(self) -> list[str]:
+        """Category name of each box."""
+        return [self.categories.names[label] for label in self.labels]
+
+    def draw(self) -> Image.Image:
+        """The photo with boxes, names and scores."""
+        return draw_detections(self.photo, self.boxes_xyxy, self.labels, self.categories.names, self.scores)
+
+    def as_results(self, image_id: int | str) -> list[dict[str, Any]]:
+        """In COCO's results format: `image_id`, `category_id`, `bbox` (xywh), `score`, and `category_name`."""
+        boxes = np.concatenate([self.boxes_xyxy[:, :2], self.boxes_xyxy[:, 2:] - self.boxes_xyxy[:, :2]], 1)
+        columns = zip(self.category_ids, self.names, boxes.tolist(), self.scores.tolist(), strict=True)
+        return [
+            {"image_id": image_id, "category_id": category, "category_name": name, "bbox": box, "score": score}
+            for category, name, box, score in columns
+        ]
+
+    def __str__(self) -> str:
+        rows = zip(self.names, self.scores, self.boxes_xyxy.round().astype(int).tolist(), strict=True)
+        return "\n".join(f"{name:<16} {score:.3f}  {box}" for name, score, box in rows) or "nothing found"
+
+
+@dataclasses.dataclass
+class Loaded:
+    """A detector's model, from any checkpoint, with what detecting takes besides."""
+
+    config: ModelConfig
+    model: nnx.Module
+    categories: Categories
+    classification: Literal["focal", "softmax"]
+    scale: int
+    """Photos' shorter side is resized to this, in pixels."""
+    max_size: int
+    """... unless the longer one would become longer than this."""
+    report: str
+    """What was read, for people."""
+
+
+def load(path: str | os.PathLike[str], **facts: Any) -> Loaded:
+    """Reads a checkpoint of this project (a run's folder), or of another implementation: see `pretrained.load`.
+
+    Args:
+        path: file or folder.
+        facts: `dilation` and `num_heads`, for files that do not tell.
+
+    Raises:
+        FileNotFoundError: no such file or folder.
+        ValueError: it does not fit a detector that this project has; says what does not.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such file or folder; expected a checkpoint")
+    if not is_ours(path):
+        found = pretrained.load(path, **facts)
+        classification = "softmax" if isinstance(found.config, DETRConfig) else "focal"
+        return Loaded(found.config, found.model, found.categories, classification, 800, 1333, found.report)
+    step = checkpoint.best_or_latest(str(path))
+    saved = checkpoint.read_metadata(str(path), step)
+    config = from_dict(saved["config"], saved["model"])
+    with jax.set_mesh(mesh := sharding.make_mesh(1)):
+        model = nnx.merge(*restore_model(str(path), step, config, mesh))
+    categories = Categories(tuple(saved["category_ids"]), tuple(saved["category_names"]))
+    report = f"{path}: step {saved['step']} of this project; {pretrained.describe(config.model)}"
+    data = config.data
+    return Loaded(config.model, model, categories, config.loss.classification, data.eval_scale, data.max_size, report)
+
+
+def is_ours(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a checkpoint, or a folder of checkpoints, that training here wrote."""
+    return Path(path).is_dir() and ((Path(path) / "_CHECKPOINT_METADATA").exists() or bool(checkpoint.steps(str(path))))
+
+
+class Detector:
+    """A model that takes photos and gives boxes.
+
+    Photos are resized as in evaluation (shorter side `scale`, longer side at most `max_size`) and padded to one of five
+    canvases, each of which is compiled once, at its first photo: landscape and portrait, with the ratios 4:3 and the
+    longest possible, and square. With the official semantics the boxes depend a little on the padding (the model's
+    docstring says how much); `backbone.mask_padding` makes them independent of it.
+
+    Args:
+        loaded: model, categories and sizes; see `load`.
+        scale: instead of `loaded`'s.
+        max_size: instead of `loaded`'s.
+        batch_size: photos in a step; lists are run in such batches, filled up with empty photos.
+    """
+
+    def __init__(self, loaded: Loaded, *, scale: int | None = None, max_size: int | None = None, batch_size: int = 1):
+        self.config, self.categories, self.report = loaded.config, loaded.categories, loaded.report
+        self.scale, self.max_size, self.batch_size = scale or loaded.scale, max_size or loaded.max_size, batch_size
+        if self.scale > self.max_size or self.batch_size < 1:
+            raise ValueError(
+                f"expected scale <= max_size and batch_size >= 1, got scale={self.scale}, max_size={self.max_size}, "
+                f"batch_size={batch_size}"
+            )
+        self.canvases = canvases(self.scale, self.max_size)
+        graphdef, self._state = nnx.split(loaded.model)
+
+        @jax.jit
+        def detect(state, pixels, sizes, orig_sizes):
+            inside = (jnp.arange(pixels.shape[1]) < sizes[:, :1])[:, :, None, None]
+            inside &= (jnp.arange(pixels.shape[2]) < sizes[:, 1:])[:, None, :, None]
+            images = (pixels / np.float32(255) - IMAGENET_MEAN) / IMAGENET_STD
+            outputs = nnx.merge(graphdef, state)(jnp.where(inside, images, 0), sizes)
+            return postprocess(outputs, orig_sizes, classification=loaded.classification)
+
+        self._detect = detect
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], *, verbose: bool = True, **options: Any) -> "Detector":
+        """The detector of a checkpoint: of this project, official, `transformers`, detrex or mmdetection.
+
+        Args:
+            path: file or folder.
+            verbose: print what was read.
+            options: `dilation` and `num_heads` for `load`, the others for `Detector`.
+        """
+        facts = {name: options.pop(name) for name in ("dilation", "num_heads") if name in options}
+        loaded = load(path, **facts)
+        if verbose:
+            print(loaded.report)
+        return cls(loaded, **options)
+
+    @property
+    def compilations(self) -> int:
+        """How many canvases have been compiled."""
+        return self._detect._cache_size()
+
+    @overload
+    def __call__(self, photos: Photo, threshold: float = 0.5) -> Detections: ...
+
+    @overload
+    def __call__(self, photos: Sequence[Photo], threshold: float = 0.5) -> list[Detections]: ...
+
+    def __call__(self, photos: Photo | Sequence[Photo], threshold: float = 0.5) -> Detections | list[Detections]:
+        """Detects.
+
+        Args:
+            photos: a photo, or a list: Pillow images, arrays (uint8 [h, w, 3] or [h, w]) and paths, of any sizes.
+            threshold: detections with a lower score are left out.
+
+        Returns:
+            The detections of the photo, or a list of those of each one.
+
+        Raises:
+            ValueError: an array of another shape or type, a file that is no image.
+            FileNotFoundError: no such file.
+        """
+        if isinstance(photos, Image.Image | np.ndarray | str | os.PathLike):
+            return next(iter(self.detect([photos], threshold)))
+        return list(self.detect(photos, threshold))
+
+    def detect(self, photos: Sequence[Photo], threshold: float = 0.5) -> Iterator[Detections]:
+        """As calling it with a list, but photo after photo, in order, in batches of consecutive ones of a canvas."""
+        batch: list[tuple[Image.Image, np.ndarray]] = []
+        canvas = -1
+        for photo in photos:
+            image = open_photo(photo)
+            orig = np.array([image.height, image.width])
+            size = np.minimum(resized(orig, self.scale, self.max_size), self.max_size)
+            bucket = int(smallest_bucket(self.canvases, size[None])[0])
+            if batch and (bucket != canvas or len(batch) == self.batch_size):
+                yield from self._run(batch, self.canvases[canvas], threshold)
+                batch = []
+            canvas = bucket
+            batch.append((image, size))
+        if batch:
+            yield from self._run(batch, self.canvases[canvas], threshold)
+
+    def _run(
+        self, batch: list[tuple[Image.Image, np.ndarray]], canvas: tuple[int, int], threshold: float
+    ) -> Iterator[Detections]:
+        pixels = np.zeros((self.batch_size, *canvas, 3), np.uint8)
+        sizes, orig_sizes = np.ones((2, self.batch_size, 2), np.int32) * 32
+        for i, (image, (h, w)) in enumerate(batch):
+            pixels[i, :h, :w] = image.resize((int(w), int(h)), Image.Resampling.BILINEAR)
+            sizes[i], orig_sizes[i] = (h, w), (image.height, image.width)
+        found = jax.device_get(self._detect(self._state, pixels, sizes, orig_sizes))
+        for (image, _), scores, labels, boxes in zip(batch, *found, strict=False):
+            order = np.argsort(-scores, kind="stable")
+            order = order[scores[order] >= threshold]
+            boxes = np.clip(boxes[order], 0, [image.width, image.height] * 2).astype(np.float32)
+            yield Detections(boxes, scores[order], labels[order], self.categories, image)
+
+
+def canvases(scale: int, max_size: int) -> tuple[tuple[int, int], ...]:
+    """The five canvases (height, width), smallest first, sides rounded up to multiples of 32."""
+    sides = sorted({min(round(scale * ratio), max_size) for ratio in (1, 4 / 3)} | {max_size})
+    short, *longer = (-(-side // 32) * 32 for side in sides)
+    found = {(short, short)} | {pair for long in longer for pair in ((short, long), (long, short))}
+    return tuple(sorted(found, key=lambda pair: (pair[0] * pair[1], pair)))
+
+
+def open_photo(photo: Photo) -> Image.Image:
+    """A photo as an upright RGB image of Pillow."""
+    if isinstance(photo, np.ndarray):
+        if photo.dtype != np.uint8 or photo.ndim not in (2, 3) or (photo.ndim == 3 and photo.shape[2] != 3):
+            raise ValueError(
+                f"a photo as an array must be uint8 [h, w, 3] (RGB) or [h, w] (gray), got {photo.dtype} "
+                f"{list(photo.shape)}"
+            )
+        return Image.fromarray(photo).convert("RGB")
+    if isinstance(photo, str | os.PathLike):
+        if not Path(photo).is_file():
+            raise FileNotFoundError(f"{photo}: no such photo")
+        try:
+            with Image.open(photo) as image:
+                return ImageOps.exif_transpose(image).convert("RGB")
+        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            raise ValueError(f"{photo}: not an image, or a damaged one: {error}") from error
+    return ImageOps.exif_transpose(photo).convert("RGB")
