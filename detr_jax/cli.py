@@ -4,14 +4,19 @@ import argparse
 import dataclasses
 import importlib.util
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import tyro
+from tqdm import tqdm
 
-from detr_jax import checkpoint
+from detr_jax import checkpoint, pretrained
 from detr_jax.config import Config, DataConfig, from_dict
 from detr_jax.data.image import DataError
+from detr_jax.detector import Detector, load
+from detr_jax.evaluation import write_results
 from detr_jax.training import NonFiniteLossError
 
 
@@ -38,7 +43,11 @@ def parse_train(argv: Sequence[str]) -> Config:
     """`--config RECIPE [--section.field value ...]` -> the configuration of the run."""
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--config")
+    # The two that everybody needs have short names.
+    first.add_argument("--init-from")
     known, rest = first.parse_known_args(argv)
+    if known.init_from:
+        rest += ["--train.init-from", known.init_from]
     helping = bool({"-h", "--help"} & set(rest))
     if known.config is None and not helping:
         raise ValueError("--config is missing: python train.py --config configs/RECIPE.py --data.root FOLDER")
@@ -88,6 +97,108 @@ def parse_eval(argv: Sequence[str]) -> EvalOptions:
         prog="eval.py",
         description="Score a checkpoint with pycocotools on the validation set.",
     )
+
+
+_PHOTOS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+
+
+def predict(
+    photos: tyro.conf.Positional[tuple[str, ...]],
+    /,
+    checkpoint: str,
+    out: str,
+    threshold: float = 0.5,
+    batch_size: int = 1,
+    scale: int | None = None,
+    max_size: int | None = None,
+    dilation: bool | None = None,
+) -> None:
+    """Detect: draws boxes with names on photos, and writes results.json in COCO's results format.
+
+    Args:
+        photos: Photos, and folders of photos.
+        checkpoint: A run's folder, an official .pth or .safetensors file, or a folder of transformers.
+        out: Folder for the pictures and results.json.
+        threshold: Detections with a lower score are left out.
+        batch_size: Photos in a step.
+        scale: The shorter side is resized to this; None takes the checkpoint's (800).
+        max_size: The longer side is never larger than this; None takes the checkpoint's (1333).
+        dilation: DC5 or not, for files that do not tell.
+    """
+    paths = _photos(photos)
+    detector = Detector.from_pretrained(
+        checkpoint, batch_size=batch_size, scale=scale, max_size=max_size, dilation=dilation
+    )
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    results = []
+    found = tqdm(detector.detect(paths, threshold), "detecting", len(paths), unit=" photos")
+    for path, detections in zip(paths, found, strict=True):
+        detections.draw().save(folder / f"{path.stem}.jpg", quality=92)
+        results += detections.as_results(path.name)
+    write_results(folder / "results.json", results)
+    print(f"{len(paths)} photos, {len(results)} detections of at least {threshold:g}: {folder}, {folder}/results.json")
+
+
+def _photos(given: Sequence[str]) -> list[Path]:
+    """The files given, and those in the folders given."""
+    paths = []
+    for path in map(Path, given):
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in _PHOTOS)
+            if not inside:
+                raise ValueError(f"{path}: no photo in it; expected {', '.join(_PHOTOS)}")
+            paths += inside
+        elif path.is_file():
+            paths.append(path)
+        else:
+            raise FileNotFoundError(f"{path}: no such photo or folder")
+    twice = [stem for stem, count in Counter(path.stem for path in paths).items() if count > 1]
+    if twice:
+        raise ValueError(f"several photos are called {twice[0]}: their pictures would overwrite each other")
+    return paths
+
+
+def convert(
+    source: tyro.conf.Positional[str],
+    target: tyro.conf.Positional[str],
+    /,
+    naming: Literal["auto", "ours", "official", "transformers"] = "auto",
+    dilation: bool | None = None,
+    num_heads: int | None = None,
+) -> None:
+    """Convert a checkpoint: official, transformers, detrex, mmdetection or ours, to official, transformers or ours.
+
+    Args:
+        source: A .pth or .safetensors file, a folder of transformers, or a run's folder.
+        target: A .safetensors file, for the official names; a folder, for ours.
+        naming: Auto goes by the target; a folder can be of transformers instead (--naming transformers).
+        dilation: DC5 or not, for files that do not tell.
+        num_heads: Attention heads, for files that do not tell (8).
+    """
+    if naming == "auto":
+        naming = "official" if target.endswith(".safetensors") else "ours"
+    if (naming == "official") != target.endswith(".safetensors"):
+        raise ValueError(f"{target}: official names go to a .safetensors file, the others to a folder")
+    if Path(target).exists():
+        raise ValueError(f"{target}: exists already; remove it, or choose another name")
+    loaded = load(source, dilation=dilation, num_heads=num_heads)
+    print(loaded.report)
+    if naming == "ours":
+        loaded.save(target)
+    else:
+        pretrained.save(target, loaded.model, loaded.config, loaded.categories)
+    print(f"wrote {target}, {naming} names")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`detr-jax predict` and `detr-jax convert`."""
+    tyro.extras.subcommand_cli_from_dict({"predict": predict, "convert": convert}, prog="detr-jax", args=argv)
+
+
+def entry() -> None:
+    """The `detr-jax` program."""
+    run(main)
 
 
 def run(main) -> None:

@@ -285,6 +285,9 @@ class TrainConfig:
     """Checkpoints, logs and pictures. The same command again resumes from the newest checkpoint in it."""
     init_backbone: str | None = None
     """Start from torchvision's ResNet weights in this `.safetensors` or `.pth` file (for `norm="frozen_batch"`)."""
+    init_from: str | None = None
+    """Fine-tune: start from this checkpoint, ours or another implementation's. With other classes than the data's, its
+    class heads alone are initialised anew."""
     batch_size: int = 32
     """Global batch over all devices and hosts."""
     epochs: int = 50

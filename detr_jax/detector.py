@@ -19,11 +19,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from detr_jax import checkpoint, pretrained, sharding
 from detr_jax.categories import Categories
-from detr_jax.config import DETRConfig, from_dict
+from detr_jax.config import Config, DataConfig, DETRConfig, LossConfig, from_dict
 from detr_jax.data.buckets import smallest_bucket
 from detr_jax.data.resample import IMAGENET_MEAN, IMAGENET_STD
 from detr_jax.data.transforms import resized
 from detr_jax.evaluation import postprocess, restore_model
+from detr_jax.models import split
 from detr_jax.pretrained import ModelConfig
 from detr_jax.visualize import draw_detections
 
@@ -91,6 +92,20 @@ class Loaded:
     report: str
     """What was read, for people."""
 
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes a checkpoint of this project, for `load`, `eval.py` and `--init-from`."""
+        _, params, buffers = split(self.config, self.model)
+        loss = LossConfig.detr() if self.classification == "softmax" else LossConfig()
+        config = Config(self.config, loss, DataConfig(eval_scale=self.scale, max_size=self.max_size))
+        metadata = {
+            "config": dataclasses.asdict(config),
+            "model": type(self.config).__name__,
+            "category_ids": list(self.categories.ids),
+            "category_names": list(self.categories.names),
+        }
+        with checkpoint.CheckpointWriter(str(Path(directory) / "checkpoints")) as writer:
+            writer.save(0, {"params": params, "buffers": buffers}, metadata)
+
 
 def load(path: str | os.PathLike[str], **facts: Any) -> Loaded:
     """Reads a checkpoint of this project (a run's folder), or of another implementation: see `pretrained.load`.
@@ -123,6 +138,60 @@ def load(path: str | os.PathLike[str], **facts: Any) -> Loaded:
 def is_ours(path: str | os.PathLike[str]) -> bool:
     """Whether a path is a checkpoint, or a folder of checkpoints, that training here wrote."""
     return Path(path).is_dir() and ((Path(path) / "_CHECKPOINT_METADATA").exists() or bool(checkpoint.steps(str(path))))
+
+
+def fine_tuned(
+    path: str | os.PathLike[str], config: ModelConfig, categories: Categories, params: dict, buffers: dict
+) -> tuple[dict, dict, str]:
+    """Parameters and buffers of a new model, taken from a checkpoint; the class heads only if it has the same classes.
+
+    Args:
+        path: of the checkpoint; see `load`.
+        config: of the new model.
+        categories: of the data to train on.
+        params: of the new model, as `models.split` gives them.
+        buffers: of the new model.
+
+    Returns:
+        The same structures, laid out on the same devices, and a report of what was loaded and what was not.
+
+    Raises:
+        ValueError: the models differ in more than their classes; says in which fields.
+    """
+    source = load(path, dilation=config.backbone.dilation, num_heads=config.num_heads)
+    same_classes = source.config.num_classes == config.num_classes and source.categories.ids == categories.ids
+    theirs = {tuple(leaf_path): leaf for leaf_path, leaf in nnx.to_flat_state(nnx.state(source.model))}
+    loaded, anew, problems = 0, [], []
+
+    def replace(location, leaf):
+        nonlocal loaded
+        keys = tuple(part.key for part in location[1:])
+        found = theirs.pop(keys, None)
+        if keys[0] == "class_embed" and not same_classes:
+            anew.append(".".join(map(str, keys)))
+            return leaf
+        if found is None or found.shape != leaf.shape:
+            got = "missing" if found is None else list(found.shape)
+            problems.append(f"  {'.'.join(map(str, keys))}: {got}, expected {list(leaf.shape)}")
+            return leaf
+        loaded += 1
+        return jax.device_put(np.asarray(found[...], leaf.dtype), leaf.sharding)
+
+    new_params, new_buffers = jax.tree_util.tree_map_with_path(replace, (params, buffers))
+    problems += [f"  {'.'.join(map(str, keys))}: {list(leaf.shape)}, not expected" for keys, leaf in theirs.items()]
+    if problems:
+        fields = (field.name for field in dataclasses.fields(config) if field.name not in ("num_classes", "dropout"))
+        differ = [
+            f"  model.{name}: {getattr(source.config, name, 'none')} in the file, {getattr(config, name)} here"
+            for name in fields
+            if getattr(source.config, name, None) != getattr(config, name)
+        ]
+        raise ValueError(
+            f"train.init_from={path} is another model than the configuration's: "
+            f"{pretrained.describe(source.config)}.\n" + "\n".join(differ + problems[:8])
+        )
+    report = [source.report, f"  loaded {loaded} tensors, initialised anew: {', '.join(sorted(anew)) or 'none'}"]
+    return new_params, new_buffers, "\n".join(report)
 
 
 class Detector:

@@ -22,11 +22,13 @@ import optax
 from flax import nnx
 
 from detr_jax import checkpoint, sharding
+from detr_jax.categories import Categories
 from detr_jax.config import Config, OptimConfig
 from detr_jax.data.coco import CocoIndex, load_split
 from detr_jax.data.pipeline import batches
 from detr_jax.data.resample import resample_batch
 from detr_jax.data.sampler import EvalSampler, TrainSampler
+from detr_jax.detector import fine_tuned
 from detr_jax.evaluation import Scores, evaluate_model
 from detr_jax.losses import set_prediction_loss
 from detr_jax.metrics import MetricWriter
@@ -79,23 +81,36 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTrans
     )
 
 
-def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> tuple[Model, State]:
-    """A newly initialised model and state, the same on every device."""
+def init_state(
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    categories: Categories | None = None,
+) -> tuple[Model, State]:
+    """A newly initialised model and state, the same on every device.
+
+    With `categories`, those of the data, it starts from the checkpoint of `train.init_from`, if any.
+    """
     graphdef = None
 
     def init():
         nonlocal graphdef
         model = build(config.model, rngs=nnx.Rngs(config.train.seed))
         graphdef, params, buffers = split(config.model, model)
-        state = {"params": params, "buffers": buffers, "opt_state": optimizer.init(params), "step": jnp.zeros((), int)}
-        return state | ({"ema": params} if config.optim.ema_decay else {})
+        return {"params": params, "buffers": buffers, "opt_state": optimizer.init(params), "step": jnp.zeros((), int)}
 
     state = jax.jit(init, out_shardings=sharding.replicated(mesh))()
     assert graphdef is not None
     if config.train.init_backbone:
         state["params"], state["buffers"] = load_backbone(config.train.init_backbone, state["params"], state["buffers"])
-        if config.optim.ema_decay:
-            state["ema"] = jax.tree.map(jnp.copy, state["params"])
+    if config.train.init_from and categories is not None:
+        state["params"], state["buffers"], report = fine_tuned(
+            config.train.init_from, config.model, categories, state["params"], state["buffers"]
+        )
+        if jax.process_index() == 0:
+            print(report, flush=True)
+    if config.optim.ema_decay:
+        state["ema"] = jax.tree.map(jnp.copy, state["params"])
     return graphdef, state
 
 
@@ -150,6 +165,7 @@ def train(config: Config) -> Scores | None:
     total_steps = len(sampler) * config.train.epochs
     optimizer = make_optimizer(config.optim, total_steps)
     output_dir = Path(config.train.output_dir)
+    categories = Categories(train_index.category_ids, train_index.category_names)
     metadata = {
         "config": dataclasses.asdict(config),
         "model": type(config.model).__name__,
@@ -158,8 +174,8 @@ def train(config: Config) -> Scores | None:
     }
 
     with jax.set_mesh(mesh), interruption() as interrupted:
-        graphdef, state = init_state(config, optimizer, mesh)
         start = checkpoint.latest_step(str(output_dir)) or 0
+        graphdef, state = init_state(config, optimizer, mesh, None if start else categories)
         if start:
             state = resume(output_dir, state, metadata)
         if jax.process_index() == 0:

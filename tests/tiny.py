@@ -12,6 +12,8 @@ from detr_jax.config import (
     TrainConfig,
 )
 
+DATA = Path(__file__).parent / "data"
+
 
 def config(output_dir: str | Path = "unused", **train) -> Config:
     """Two-stage Deformable DETR with dropout on 64 x 85 pixels; keywords are fields of `TrainConfig`."""
@@ -32,7 +34,7 @@ def config(output_dir: str | Path = "unused", **train) -> Config:
             two_stage=True,
         ),
         data=DataConfig(
-            root=str(Path(__file__).parent / "data" / "bccd"),
+            root=str(DATA / "bccd"),
             scales=(64, 56),
             max_size=96,
             crop=False,
