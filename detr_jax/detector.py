@@ -281,7 +281,7 @@ class Detector:
         for photo in photos:
             image = open_photo(photo)
             orig = np.array([image.height, image.width])
-            size = np.minimum(resized(orig, self.scale, self.max_size), self.max_size)
+            size = photo_size(orig, self.scale, self.max_size)
             bucket = int(smallest_bucket(self.canvases, size[None])[0])
             if batch and (bucket != canvas or len(batch) == self.batch_size):
                 yield from self._run(batch, self.canvases[canvas], threshold)
@@ -313,6 +313,11 @@ def canvases(scale: int, max_size: int) -> tuple[tuple[int, int], ...]:
     short, *longer = (-(-side // 32) * 32 for side in sides)
     found = {(short, short)} | {pair for long in longer for pair in ((short, long), (long, short))}
     return tuple(sorted(found, key=lambda pair: (pair[0] * pair[1], pair)))
+
+
+def photo_size(orig: np.ndarray, scale: int, max_size: int) -> np.ndarray:
+    """(h, w) to which a photo of that (h, w) is resized; the official rounding, but never beyond `max_size`."""
+    return np.minimum(resized(orig, scale, max_size), max_size)
 
 
 def open_photo(photo: Photo) -> Image.Image:

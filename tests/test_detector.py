@@ -147,12 +147,11 @@ def test_what_is_no_photo_is_named(detect, tmp_path):
 
 def test_canvases_hold_every_photo():
     from detr_jax.data.buckets import smallest_bucket
-    from detr_jax.data.transforms import resized
 
     canvases = detector.canvases(800, 1333)
     assert canvases == ((800, 800), (800, 1088), (1088, 800), (800, 1344), (1344, 800))
     rng = np.random.default_rng(0)
-    sizes = resized(rng.integers(1, 5000, (1000, 2)), 800, 1333)
+    sizes = detector.photo_size(rng.integers(1, 5000, (1000, 2)), 800, 1333)
     assert (smallest_bucket(canvases, sizes) >= 0).all()
 
 

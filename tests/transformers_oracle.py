@@ -4,6 +4,7 @@ Where it differs from the official PyTorch code, it is put right here.
 """
 
 import copy
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -81,15 +82,11 @@ def _resnet(config: BackboneConfig, stages: list[str]) -> transformers.ResNetCon
 
 def load(model: torch.nn.Module, config: DETRConfig | DeformableDETRConfig, weights: Mapping[str, np.ndarray]) -> None:
     """Give their model our weights; every tensor of theirs must have one, and every one of ours must be used."""
-    table = dialects.compiled((dialects.HF_DETR if isinstance(config, DETRConfig) else dialects.HF_DEFORMABLE).rows)
     paths = {pretrained.canonical(path.split(".")): path for path in weights}
     unused = set(weights)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            ours = dialects.renamed(name, table)[0]
-            if isinstance(config, DeformableDETRConfig) and not config.box_refinement:
-                # One head for all layers; theirs shares it under as many names.
-                ours = re.sub(r"^(class|bbox)_embed\.\d+\.", r"\1_embed.0.", ours)
+            ours = our_name(name, config)
             path = paths[ours]
             array = pretrained.to_theirs(weights[path], ours, path.endswith(".kernel"))
             assert tensor.shape == array.shape, f"{name} {tuple(tensor.shape)}, our {path} {array.shape}"
@@ -98,36 +95,56 @@ def load(model: torch.nn.Module, config: DETRConfig | DeformableDETRConfig, weig
     assert not unused, f"transformers has no {sorted(unused)}"
 
 
+@functools.cache
+def our_name(name: str, config: DETRConfig | DeformableDETRConfig) -> str:
+    """Our name of a tensor of theirs, with PyTorch's leaf."""
+    table = _TABLES[type(config)]
+    ours = dialects.renamed(name, table)[0]
+    if isinstance(config, DeformableDETRConfig) and not config.box_refinement:
+        # One head for all layers; theirs shares it under as many names.
+        ours = re.sub(r"^(class|bbox)_embed\.\d+\.", r"\1_embed.0.", ours)
+    return ours
+
+
+_TABLES = {
+    DETRConfig: dialects.compiled(dialects.HF_DETR.rows),
+    DeformableDETRConfig: dialects.compiled(dialects.HF_DEFORMABLE.rows),
+}
+
+
 def run(model: torch.nn.Module, images: np.ndarray, sizes: np.ndarray) -> dict[str, Any]:
     """Our model's outputs: `images [b, H, W, 3]`, `sizes [b, 2]`; all decoder layers stacked, last included."""
+    with torch.no_grad():
+        return {name: x.numpy() for name, x in outputs(model, images, sizes).items()}
+
+
+def outputs(model: torch.nn.Module, images: np.ndarray, sizes: np.ndarray) -> dict[str, torch.Tensor]:
+    """As `run`, for PyTorch to differentiate."""
     h, w = images.shape[1:3]
     pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
     valid = (np.arange(h) < sizes[:, :1])[:, :, None] & (np.arange(w) < sizes[:, 1:])[:, None]
-    with torch.no_grad():
-        outputs = model(pixels, torch.from_numpy(valid), output_hidden_states=True)
-        result = {}
-        if isinstance(model, transformers.DetrForObjectDetection):
-            # Not `auxiliary_loss=True`: it feeds each layer the normalised output of the one before, the official
-            # code normalises only what the heads see. The last state comes normalised.
-            hidden = model.model.decoder.layernorm(torch.stack(outputs.decoder_hidden_states[1:-1]))
-            hidden = torch.cat([hidden, outputs.last_hidden_state[None]])
-            logits, boxes = model.class_labels_classifier(hidden), model.bbox_predictor(hidden).sigmoid()
-        else:
-            references = [outputs.init_reference_points, *outputs.intermediate_reference_points.unbind(1)[:-1]]
-            logits, boxes = [], []
-            for i, (x, reference) in enumerate(
-                zip(outputs.intermediate_hidden_states.unbind(1), references, strict=True)
-            ):
-                offset = torch.nn.functional.pad(_inverse_sigmoid(reference), (0, 4 - reference.shape[-1]))
-                logits.append(model.class_embed[i](x))
-                boxes.append((model.bbox_embed[i](x) + offset).sigmoid())
-            logits, boxes = torch.stack(logits), torch.stack(boxes)
-            if outputs.enc_outputs_class is not None:
-                result["enc_logits"] = outputs.enc_outputs_class
-                result["enc_boxes"] = outputs.enc_outputs_coord_logits.sigmoid()
-        torch.testing.assert_close(logits[-1], outputs.logits)
-        torch.testing.assert_close(boxes[-1], outputs.pred_boxes)
-    return {name: x.numpy() for name, x in (result | {"logits": logits, "boxes": boxes}).items()}
+    outputs = model(pixels, torch.from_numpy(valid), output_hidden_states=True)
+    result = {}
+    if isinstance(model, transformers.DetrForObjectDetection):
+        # Not `auxiliary_loss=True`: it feeds each layer the normalised output of the one before, the official
+        # code normalises only what the heads see. The last state comes normalised.
+        hidden = model.model.decoder.layernorm(torch.stack(outputs.decoder_hidden_states[1:-1]))
+        hidden = torch.cat([hidden, outputs.last_hidden_state[None]])
+        logits, boxes = model.class_labels_classifier(hidden), model.bbox_predictor(hidden).sigmoid()
+    else:
+        references = [outputs.init_reference_points, *outputs.intermediate_reference_points.unbind(1)[:-1]]
+        logits, boxes = [], []
+        for i, (x, reference) in enumerate(zip(outputs.intermediate_hidden_states.unbind(1), references, strict=True)):
+            offset = torch.nn.functional.pad(_inverse_sigmoid(reference), (0, 4 - reference.shape[-1]))
+            logits.append(model.class_embed[i](x))
+            boxes.append((model.bbox_embed[i](x) + offset).sigmoid())
+        logits, boxes = torch.stack(logits), torch.stack(boxes)
+        if outputs.enc_outputs_class is not None:
+            result["enc_logits"] = outputs.enc_outputs_class
+            result["enc_boxes"] = outputs.enc_outputs_coord_logits.sigmoid()
+    torch.testing.assert_close(logits[-1], outputs.logits)
+    torch.testing.assert_close(boxes[-1], outputs.pred_boxes)
+    return result | {"logits": logits, "boxes": boxes}
 
 
 def _inverse_sigmoid(x):

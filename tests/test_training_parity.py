@@ -1,0 +1,90 @@
+"""Training beside PyTorch: the same losses, the same gradients, and the same run, from the same weights."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import test_parity
+import transformers_weights
+from flax import nnx
+
+from detr_jax import pretrained, training
+from detr_jax.config import BackboneConfig, LossConfig, OptimConfig
+from detr_jax.losses import set_prediction_loss
+from detr_jax.models import split
+
+STEPS = 20
+MODELS = {
+    "detr": test_parity.SMALL_MODELS["detr"],
+    "multi_scale": dataclasses.replace(test_parity.SMALL_MODELS["deformable_refine"], box_refinement=False),
+    "refine": test_parity.SMALL_MODELS["deformable_refine"],
+    "two_stage": test_parity.SMALL_MODELS["deformable_two_stage"],
+}
+MODELS = {
+    name: dataclasses.replace(config, dropout=0.0, backbone=BackboneConfig(depth=18)) for name, config in MODELS.items()
+}
+
+
+def batch_of(step: int):
+    """Two padded images of noise, and their targets, as each side takes them."""
+    rng = np.random.default_rng(step)
+    images, sizes = test_parity.padded_batch(100, 135)
+    images = images * rng.uniform(0.5, 1.5, (2, 1, 1, 3)).astype(np.float32)
+    num_boxes = rng.integers(1, 5, 2)
+    boxes = np.concatenate([rng.uniform(0.3, 0.7, (2, 4, 2)), rng.uniform(0.1, 0.5, (2, 4, 2))], -1).astype(np.float32)
+    labels = rng.integers(0, 5, (2, 4))
+    ours = {"boxes_cxcywh": boxes, "labels": labels.astype(np.int32), "num_boxes": num_boxes.astype(np.int32)}
+    theirs = [(labels[i, :n], boxes[i, :n]) for i, n in enumerate(num_boxes)]
+    return images, sizes, ours, theirs
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", MODELS)
+def test_twenty_steps_beside_pytorch(name):
+    import torch_training
+
+    config = MODELS[name]
+    loss = LossConfig.detr() if name == "detr" else LossConfig()
+    optim = OptimConfig(lr=1e-4 if name == "detr" else 2e-4)
+    weights = transformers_weights.random_weights(config)
+    theirs = torch_training.Trainer(config, loss, optim, weights)
+    graphdef, params, buffers = split(config, transformers_weights.load(config, weights))
+    optimizer = training.make_optimizer(optim, total_steps=1000)
+
+    @jax.jit
+    def step(params, opt_state, images, sizes, targets):
+        def total(params):
+            return set_prediction_loss(nnx.merge(graphdef, params, buffers)(images, sizes), targets, loss)
+
+        (value, terms), grads = jax.value_and_grad(total, has_aux=True)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return (
+            optax.apply_updates(params, updates),
+            opt_state,
+            terms | {"loss": value},
+            jax.tree.map(jnp.linalg.norm, jax.tree.map(jnp.ravel, grads)),
+        )
+
+    opt_state = optimizer.init(params)
+    for i in range(STEPS):
+        images, sizes, our_targets, their_targets = batch_of(i)
+        params, opt_state, terms, norms = step(params, opt_state, images, sizes, our_targets)
+        expected, expected_norms = theirs.step(images, sizes, their_targets)
+        if i == 0:
+            for term, value in expected.items():
+                np.testing.assert_allclose(terms[term], value, rtol=1e-4, err_msg=term)
+            ours = {
+                pretrained.canonical([part.key for part in path]): float(norm)
+                for path, norm in jax.tree_util.tree_leaves_with_path(norms)
+            }
+            assert ours.keys() >= expected_norms.keys()
+            largest = max(expected_norms.values())
+            for tensor, norm in expected_norms.items():
+                # Relative, but for tensors whose gradient is float32 noise beside the others'.
+                np.testing.assert_allclose(ours[tensor], norm, rtol=1e-3, atol=1e-6 * largest, err_msg=tensor)
+            for tensor in ours.keys() - expected_norms.keys():
+                assert ours[tensor] == 0, tensor
+        np.testing.assert_allclose(terms["loss"], expected["loss"], rtol=1e-3, err_msg=f"step {i}")
