@@ -11,10 +11,9 @@ import test_parity
 import transformers_weights
 from flax import nnx
 
-from detr_jax import pretrained, training
+from detr_jax import models, pretrained, training
 from detr_jax.config import BackboneConfig, LossConfig, OptimConfig
 from detr_jax.losses import set_prediction_loss
-from detr_jax.models import split
 
 STEPS = 20
 MODELS = {
@@ -26,6 +25,22 @@ MODELS = {
 MODELS = {
     name: dataclasses.replace(config, dropout=0.0, backbone=BackboneConfig(depth=18)) for name, config in MODELS.items()
 }
+
+
+def initial_weights(config) -> dict[str, np.ndarray]:
+    """What training starts from, but for the sampling offsets.
+
+    Those start at whole pixels, where bilinear interpolation has a kink: which of the two one-sided gradients comes out
+    is a matter of rounding. A fraction of a pixel more, and there is one gradient.
+    """
+    rng = np.random.default_rng(0)
+    weights = {}
+    for path, leaf in nnx.to_flat_state(nnx.state(models.build(config, rngs=nnx.Rngs(0)))):
+        name = ".".join(map(str, path))
+        weights[name] = np.array(leaf[...])
+        if name.endswith("sampling_offsets.bias"):
+            weights[name] += rng.uniform(0.2, 0.8, leaf.shape).astype(np.float32)
+    return weights
 
 
 def batch_of(step: int):
@@ -49,9 +64,9 @@ def test_twenty_steps_beside_pytorch(name):
     config = MODELS[name]
     loss = LossConfig.detr() if name == "detr" else LossConfig()
     optim = OptimConfig(lr=1e-4 if name == "detr" else 2e-4)
-    weights = transformers_weights.random_weights(config)
+    weights = initial_weights(config)
     theirs = torch_training.Trainer(config, loss, optim, weights)
-    graphdef, params, buffers = split(config, transformers_weights.load(config, weights))
+    graphdef, params, buffers = models.split(config, transformers_weights.load(config, weights))
     optimizer = training.make_optimizer(optim, total_steps=1000)
 
     @jax.jit
