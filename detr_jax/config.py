@@ -148,7 +148,10 @@ class DeformableDETRConfig:
         return cls(box_refinement=True, two_stage=True)
 
 
-def _check_model(model: DETRConfig | DeformableDETRConfig, *, multiple: int) -> None:
+ModelConfig = DETRConfig | DeformableDETRConfig
+
+
+def _check_model(model: ModelConfig, *, multiple: int) -> None:
     """Raises `ValueError` for sizes that cannot be built."""
     counts = (
         "num_heads",
@@ -312,7 +315,7 @@ class TrainConfig:
 class Config:
     """Everything a run depends on."""
 
-    model: DETRConfig | DeformableDETRConfig = DeformableDETRConfig()
+    model: ModelConfig = DeformableDETRConfig()
     """Architecture."""
     loss: LossConfig = LossConfig()
     """Matching and losses."""
@@ -336,10 +339,14 @@ def from_dict(values: Mapping[str, Any], model: str) -> Config:
     """
     parts = {"loss": LossConfig, "data": DataConfig, "optim": OptimConfig, "train": TrainConfig}
     sections: dict[str, Any] = {name: cls(**_tuples(values[name])) for name, cls in parts.items()}
-    fields = _tuples(values["model"])
+    return Config(model=model_from_dict(values["model"], model), **sections)
+
+
+def model_from_dict(values: Mapping[str, Any], model: str) -> ModelConfig:
+    """As `from_dict`, for `Config.model` alone."""
+    fields = _tuples(values)
     fields["backbone"] = BackboneConfig(**fields["backbone"])
-    models = {cls.__name__: cls for cls in (DETRConfig, DeformableDETRConfig)}
-    return Config(model=models[model](**fields), **sections)
+    return {cls.__name__: cls for cls in (DETRConfig, DeformableDETRConfig)}[model](**fields)
 
 
 def _tuples(value: Any) -> Any:

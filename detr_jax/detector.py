@@ -19,13 +19,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from detr_jax import checkpoint, pretrained, sharding
 from detr_jax.categories import Categories
-from detr_jax.config import Config, DataConfig, DETRConfig, LossConfig, from_dict
+from detr_jax.config import Config, DataConfig, DETRConfig, LossConfig, ModelConfig, from_dict
 from detr_jax.data.buckets import smallest_bucket
 from detr_jax.data.resample import IMAGENET_MEAN, IMAGENET_STD
 from detr_jax.data.transforms import resized
 from detr_jax.evaluation import postprocess, restore_model
 from detr_jax.models import split
-from detr_jax.pretrained import ModelConfig
 from detr_jax.visualize import draw_detections
 
 Photo = Image.Image | np.ndarray | str | os.PathLike[str]
@@ -121,7 +120,7 @@ def load(path: str | os.PathLike[str], **facts: Any) -> Loaded:
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such file or folder; expected a checkpoint")
     if not is_ours(path):
-        found = pretrained.load(path, **facts)
+        found = pretrained.load(Path(path), **facts)
         classification = "softmax" if isinstance(found.config, DETRConfig) else "focal"
         return Loaded(found.config, found.model, found.categories, classification, 800, 1333, found.report)
     step = checkpoint.best_or_latest(str(path))
@@ -220,8 +219,12 @@ class Detector:
         self.canvases = canvases(self.scale, self.max_size)
         graphdef, self._state = nnx.split(loaded.model)
 
+        self.compilations = 0
+        """How many canvases have been compiled."""
+
         @jax.jit
         def detect(state, pixels, sizes, orig_sizes):
+            self.compilations += 1  # Python runs this once a compilation
             inside = (jnp.arange(pixels.shape[1]) < sizes[:, :1])[:, :, None, None]
             inside &= (jnp.arange(pixels.shape[2]) < sizes[:, 1:])[:, None, :, None]
             images = (pixels / np.float32(255) - IMAGENET_MEAN) / IMAGENET_STD
@@ -244,11 +247,6 @@ class Detector:
         if verbose:
             print(loaded.report)
         return cls(loaded, **options)
-
-    @property
-    def compilations(self) -> int:
-        """How many canvases have been compiled."""
-        return self._detect._cache_size()
 
     @overload
     def __call__(self, photos: Photo, threshold: float = 0.5) -> Detections: ...
@@ -297,7 +295,7 @@ class Detector:
         pixels = np.zeros((self.batch_size, *canvas, 3), np.uint8)
         sizes, orig_sizes = np.ones((2, self.batch_size, 2), np.int32) * 32
         for i, (image, (h, w)) in enumerate(batch):
-            pixels[i, :h, :w] = image.resize((int(w), int(h)), Image.Resampling.BILINEAR)
+            pixels[i, :h, :w] = np.asarray(image.resize((int(w), int(h)), Image.Resampling.BILINEAR))
             sizes[i], orig_sizes[i] = (h, w), (image.height, image.width)
         found = jax.device_get(self._detect(self._state, pixels, sizes, orig_sizes))
         for (image, _), scores, labels, boxes in zip(batch, *found, strict=False):

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from detr_jax.categories import Categories
-from detr_jax.config import BackboneConfig, DeformableDETRConfig, DETRConfig
+from detr_jax.config import BackboneConfig, DeformableDETRConfig, DETRConfig, ModelConfig
 from detr_jax.dialects import (
     DIALECTS,
     HF_DEFORMABLE,
@@ -30,9 +30,8 @@ from detr_jax.dialects import (
 )
 from detr_jax.models import build
 from detr_jax.models.resnet import BLOCKS
+from detr_jax.tensor_files import Tensors, read_tensors
 
-ModelConfig = DETRConfig | DeformableDETRConfig
-Tensors = dict[str, np.ndarray]
 # Our leaves -> PyTorch's.
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 
@@ -77,105 +76,6 @@ def load(path: str | Path, *, dilation: bool | None = None, num_heads: int | Non
     return Pretrained(config, model, categories, "\n  ".join(notes))
 
 
-def read_tensors(path: str | Path) -> tuple[Tensors, dict[str, Any]]:
-    """The tensors of a file or folder as float32, and what it says about the model besides.
-
-    `.pth` needs torch. Pickled code in it does not run: what is not a tensor or a plain value is refused.
-
-    Returns:
-        Tensors by name, and facts: fields of the model's configuration, `categories`, or all of `config`.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: of another format, or with pickled objects that are not plain values.
-    """
-    path = Path(path)
-    if path.is_dir():
-        return _read_transformers(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a .safetensors or .pth file of tensors, or a folder")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix in (".pth", ".pt", ".bin"):
-        return _read_torch(path)
-    raise ValueError(f"{path}: expected a .safetensors or .pth file, or a folder of transformers")
-
-
-def _read_safetensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            facts = json.loads((file.metadata() or {}).get("detr_jax", "{}"))
-            tensors = {name: np.asarray(file.get_tensor(name), np.float32) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a .safetensors file, or a damaged one: {error}") from error
-    if facts:
-        facts = {
-            "config": model_config(facts["model"], facts["config"]),
-            "categories": Categories(tuple(facts["category_ids"]), tuple(facts["category_names"])),
-        }
-    return tensors, facts
-
-
-def _read_torch(path: Path) -> tuple[Tensors, dict[str, Any]]:
-    import argparse
-    import pickle
-
-    try:
-        import torch  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ValueError(
-            f"{path}: reading .pth takes PyTorch: pip install torch --index-url https://download.pytorch.org/whl/cpu"
-        ) from error
-    try:
-        # The official files hold their command line, a Namespace of plain values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{path}: refused, since it is damaged or holds more than tensors and plain values, which could run code. "
-            f"If you trust it, save its tensors alone where it comes from. PyTorch says: {error}"
-        ) from error
-    args = vars(content["args"]) if isinstance(content.get("args"), argparse.Namespace) else {}
-    names = {
-        "nheads": "num_heads",
-        "num_queries": "num_queries",
-        "dilation": "dilation",
-        "enc_n_points": "encoder_points",
-        "dec_n_points": "decoder_points",
-    }
-    facts = {ours: args[theirs] for theirs, ours in names.items() if theirs in args}
-    state = content.get("model", content.get("state_dict", content))
-    tensors = {name: t.float().numpy() for name, t in state.items() if isinstance(t, torch.Tensor)}
-    return tensors, facts
-
-
-def _read_transformers(folder: Path) -> tuple[Tensors, dict[str, Any]]:
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    config_file = folder / "config.json"
-    if not files or not config_file.is_file():
-        names = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing"
-        raise ValueError(f"{folder}: expected config.json and model.safetensors of transformers, found {names}")
-    tensors: Tensors = {}
-    for file in files:
-        tensors |= read_tensors(file)[0]
-    config = json.loads(config_file.read_text())
-    names = {
-        "encoder_attention_heads": "num_heads",
-        "two_stage_num_proposals" if config.get("two_stage") else "num_queries": "num_queries",
-        "dilation": "dilation",
-        "encoder_n_points": "encoder_points",
-        "decoder_n_points": "decoder_points",
-    }
-    facts = {ours: config[theirs] for theirs, ours in names.items() if config.get(theirs) is not None}
-    facts.setdefault("dilation", False)
-    labels = {int(label): name for label, name in (config.get("id2label") or {}).items()}
-    if labels and len(labels) != 91 and not all(name.startswith("LABEL_") for name in labels.values()):
-        facts["categories"] = Categories(tuple(sorted(labels)), tuple(labels[i] for i in sorted(labels)))
-    return tensors, facts
-
-
 def translate(tensors: Tensors, what: str) -> tuple[Dialect, Tensors, list[str]]:
     """Tensors under our names with PyTorch's leaves, in PyTorch's layout; tensors stored several times only once.
 
@@ -187,22 +87,22 @@ def translate(tensors: Tensors, what: str) -> tuple[Dialect, Tensors, list[str]]
     best: tuple[Dialect, dict[str, str], list[str]] | None = None
     for dialect in DIALECTS:
         rows = compiled(dialect.rows)
-        names = {name: found[0] for name in tensors if (found := renamed(name, rows))}
+        names = {name: ours[0] for name in tensors if (ours := renamed(name, rows))}
         unknown = [name for name in tensors if name not in names]
         if best is None or len(unknown) < len(best[2]):
             best = dialect, names, unknown
     assert best is not None
-    dialect, names, unknown = best
+    dialect, translated, unknown = best
     if unknown or not tensors:
         listed = "\n".join(f"  {name}: {list(tensors[name].shape)}" for name in unknown[:8])
         raise ValueError(
             f"{what}: not a checkpoint of DETR or Deformable DETR that is known here. Nearest: {dialect.title}, which "
-            f"has {len(names)} of its {len(tensors)} tensors, but not\n{listed}\n"
+            f"has {len(translated)} of its {len(tensors)} tensors, but not\n{listed}\n"
             "A ResNet alone goes to --train.init-backbone."
         )
-    convs = {int(ours.split(".")[1]) for ours in names.values() if re.match(r"input_proj\.\d", ours)}
+    convs = {int(ours.split(".")[1]) for ours in translated.values() if re.match(r"input_proj\.\d", ours)}
     found: Tensors = {}
-    for name, ours in names.items():
+    for name, ours in translated.items():
         extra = re.match(r"input_proj\.extra\.(\d+)\.", ours)
         if extra:
             ours = f"input_proj.{len(convs) + int(extra[1])}.{ours[extra.end() :]}"
@@ -216,7 +116,7 @@ def translate(tensors: Tensors, what: str) -> tuple[Dialect, Tensors, list[str]]
         notes.append(f"{len(ignored)} ignored: BatchNorm's step counters")
     # Without refinement, one head serves all layers, under as many names.
     layers = sorted({int(name.split(".")[1]) for name in found if re.match(r"bbox_embed\.\d+\.layers", name)})
-    aliased = any("decoder.bbox_embed" in name for name in names)
+    aliased = any("decoder.bbox_embed" in name for name in translated)
     if len(layers) > 1 and not aliased and "proposals.output.weight" not in found and _tied(found, layers):
         found = {k: v for k, v in found.items() if not re.match(r"(class|bbox)_embed\.[1-9]", k)}
         notes.append("one head for all decoder layers, stored once a layer")
@@ -261,7 +161,7 @@ def infer_config(found: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> M
         raise ValueError(f"a ResNet with {blocks} blocks in its stages, which is none of ResNet-{list(BLOCKS)}")
     frozen = "backbone.stem_norm.running_mean" in found
     backbone = BackboneConfig(
-        depth=depths[0],
+        depth=depths[0],  # pyright: ignore[reportArgumentType]  (one of the four)
         norm="frozen_batch" if frozen else "group",
         dilation=bool(facts.get("dilation", False)),
         freeze_at=2 if frozen else 0,
@@ -317,12 +217,6 @@ def describe(config: ModelConfig) -> str:
     )
 
 
-def model_config(name: str, fields: Mapping[str, Any]) -> ModelConfig:
-    """A model's configuration from its class name and its fields, as JSON holds them."""
-    kinds = {kind.__name__: kind for kind in (DETRConfig, DeformableDETRConfig)}
-    return kinds[name](**{**fields, "backbone": BackboneConfig(**fields["backbone"])})
-
-
 def assemble(config: ModelConfig, found: Tensors, what: str) -> tuple[nnx.Module, list[str]]:
     """The model of a configuration with tensors as `translate` gives them; every one is used, every one is there.
 
@@ -355,7 +249,7 @@ def assemble(config: ModelConfig, found: Tensors, what: str) -> tuple[nnx.Module
     return nnx.merge(graphdef, nnx.from_flat_state(values)), notes
 
 
-def canonical(path: Sequence[str | int]) -> str:
+def canonical(path: Sequence[Any]) -> str:
     """Our path with PyTorch's leaf: `("encoder", 0, "norm1", "scale")` -> `encoder.0.norm1.weight`."""
     *modules, leaf = map(str, path)
     return ".".join([*modules, _LEAVES.get(leaf, leaf)])
@@ -430,17 +324,16 @@ def save(path: str | Path, model: nnx.Module, config: ModelConfig, categories: C
     from safetensors.numpy import save_file
 
     path = Path(path)
-    official = path.suffix == ".safetensors"
-    if official:
+    if path.suffix == ".safetensors":
         dialect = OFFICIAL_DETR if isinstance(config, DETRConfig) else OFFICIAL_DEFORMABLE
-        folder, file = path.parent, path
+        file = path
+        path.parent.mkdir(parents=True, exist_ok=True)
     else:
         dialect = HF_DETR if isinstance(config, DETRConfig) else HF_DEFORMABLE
-        folder, file = path, path / "model.safetensors"
+        file = path / "model.safetensors"
         text = json.dumps(transformers_config(config, categories), indent=2)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not official:
-        (folder / "config.json").write_text(text)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "config.json").write_text(text)
     facts = {
         "model": type(config).__name__,
         "config": dataclasses.asdict(config),

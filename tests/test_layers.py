@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LEVELS = {
     **dict.fromkeys(["config", "boxes", "categories"], 0),
-    **dict.fromkeys(["matching", "losses", "models", "data", "dialects", "pretrained"], 1),
+    **dict.fromkeys(["matching", "losses", "models", "data", "dialects", "pretrained", "tensor_files"], 1),
     **dict.fromkeys(["sharding", "checkpoint", "metrics"], 2),
     **dict.fromkeys(["visualize", "evaluation", "detector", "training", "cli"], 3),
 }

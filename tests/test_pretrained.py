@@ -17,7 +17,8 @@ from detr_jax import dialects, pretrained
 from detr_jax.categories import Categories
 from detr_jax.config import BackboneConfig, DeformableDETRConfig, DETRConfig
 from detr_jax.models import build, split
-from detr_jax.pretrained import load_backbone, read_tensors
+from detr_jax.pretrained import load_backbone
+from detr_jax.tensor_files import read_tensors
 
 
 @pytest.fixture(scope="module")
