@@ -154,6 +154,8 @@ def _photos(given: Sequence[str]) -> list[Path]:
         else:
             raise FileNotFoundError(f"{path}: no such photo or folder")
     twice = [stem for stem, count in Counter(path.stem for path in paths).items() if count > 1]
+    if not paths:
+        raise ValueError("no photos given: detr-jax predict PHOTO... --checkpoint X --out DIR")
     if twice:
         raise ValueError(f"several photos are called {twice[0]}: their pictures would overwrite each other")
     return paths

@@ -136,7 +136,9 @@ def load(path: str | os.PathLike[str], **facts: Any) -> Loaded:
 
 def is_ours(path: str | os.PathLike[str]) -> bool:
     """Whether a path is a checkpoint, or a folder of checkpoints, that training here wrote."""
-    return Path(path).is_dir() and ((Path(path) / "_CHECKPOINT_METADATA").exists() or bool(checkpoint.steps(str(path))))
+    path = Path(path)
+    marks = (path / "checkpoints").is_dir() or (path / "_CHECKPOINT_METADATA").exists()
+    return path.is_dir() and (marks or bool(checkpoint.steps(str(path))))
 
 
 def fine_tuned(

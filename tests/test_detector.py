@@ -141,6 +141,9 @@ def test_what_is_no_photo_is_named(detect, tmp_path):
         detect(np.zeros((4, 4, 3)))
     with pytest.raises(ValueError, match=r"got uint8 \[4, 4, 4\]"):
         detect(np.zeros((4, 4, 4), np.uint8))
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint \(latest\) in .*: it is empty"):
+        detr_jax.load(tmp_path / "run")
     with pytest.raises(FileNotFoundError, match="no such file or folder; expected a checkpoint"):
         detr_jax.load(tmp_path / "none")
 
@@ -210,6 +213,8 @@ def test_convert_and_predict(run, tmp_path, capsys):
     assert "2 photos" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match="no such photo or folder"):
         cli.main(["predict", str(tmp_path / "none.jpg"), "--checkpoint", str(run), "--out", str(out)])
+    with pytest.raises(ValueError, match="no photos given"):
+        cli.main(["predict", "--checkpoint", str(run), "--out", str(out)])
     with pytest.raises(ValueError, match="no photo in it"):
         (tmp_path / "empty").mkdir()
         cli.main(["predict", str(tmp_path / "empty"), "--checkpoint", str(run), "--out", str(out)])
