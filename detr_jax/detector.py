@@ -58,9 +58,10 @@ class Detections:
         """Category name of each box."""
         return [self.categories.names[label] for label in self.labels]
 
-    def draw(self) -> Image.Image:
-        """The photo with boxes, names and scores."""
-        return draw_detections(self.photo, self.boxes_xyxy, self.labels, self.categories.names, self.scores)
+    def draw(self, photo: Image.Image | np.ndarray | None = None) -> Image.Image:
+        """The photo, or another picture of its size, with boxes, names and scores."""
+        picture = self.photo if photo is None else photo
+        return draw_detections(picture, self.boxes_xyxy, self.labels, self.categories.names, self.scores)
 
     def as_results(self, image_id: int | str) -> list[dict[str, Any]]:
         """In COCO's results format: `image_id`, `category_id`, `bbox` (xywh), `score`, and `category_name`."""

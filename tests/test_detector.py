@@ -13,7 +13,7 @@ from PIL import Image
 import detr_jax
 from detr_jax import cli, detector, pretrained, training
 from detr_jax.categories import Categories
-from detr_jax.config import BackboneConfig, DeformableDETRConfig
+from detr_jax.config import BackboneConfig, DataConfig, DeformableDETRConfig
 from detr_jax.evaluation import evaluate_checkpoint
 
 CONFIG = DeformableDETRConfig(
@@ -114,6 +114,7 @@ def test_threshold_names_and_drawing(detect):
     assert set(found.names) <= set(CELLS.names)
     assert found.category_ids == [CELLS.ids[label] for label in found.labels]
     assert found.draw().size == (80, 60)
+    assert found.draw(np.zeros_like(photo)).getpixel((79, 59)) != found.draw().getpixel((79, 59))
     assert (found.boxes_xyxy >= 0).all() and (found.boxes_xyxy <= [80, 60, 80, 60]).all()
     assert len(detect(photo, threshold=1.1)) == 0
     assert str(detect(photo, threshold=1.1)) == "nothing found"
@@ -180,6 +181,22 @@ def test_own_checkpoint_gives_the_boxes_of_its_evaluation(run, tmp_path):
     found = detect(tiny.DATA / "bccd/images" / image["file_name"], threshold=0)
     best = max((r for r in results if r["image_id"] == image["id"]), key=lambda r: r["score"])
     # Evaluation shrinks the photo on the host first, and resizes on the device: other rounding of the pixels.
+    assert found.scores[0] == pytest.approx(best["score"], abs=0.02)
+
+
+def test_sparse_coco_ids_are_scored_as_they_are(tmp_path):
+    """A model with 91 outputs, as the official ones: its labels are COCO's ids."""
+    sparse = dataclasses.replace(loaded(num_classes=91), categories=Categories.guess(91))
+    sparse.save(tmp_path / "sparse")
+    data = DataConfig(root=str(tiny.DATA / "coco_open"), eval_scale=64, max_size=96, max_source_side=128)
+    evaluate_checkpoint(str(tmp_path / "sparse"), data, results=str(tmp_path / "results.json"))
+    results = json.loads((tmp_path / "results.json").read_text())
+    detect = detr_jax.Detector.from_pretrained(tmp_path / "sparse")
+    photo = next((tiny.DATA / "coco_open/val2017").iterdir())
+    found = detect(photo, threshold=0)
+    assert found.category_ids == found.labels.tolist()
+    assert {result["category_id"] for result in results} <= set(range(91))
+    best = max((r for r in results if r["image_id"] == int(photo.stem)), key=lambda r: r["score"])
     assert found.scores[0] == pytest.approx(best["score"], abs=0.02)
 
 

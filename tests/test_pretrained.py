@@ -1,6 +1,7 @@
 """Other implementations' checkpoints: every tensor finds its place, both ways, or is named."""
 
 import dataclasses
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -278,6 +279,13 @@ def test_what_transformers_lacks_is_refused(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=lack):
             pretrained.save(tmp_path / name, model_of(MODELS[name]), MODELS[name], CELLS)
+
+
+def test_pth_without_pytorch_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (tmp_path / "r50.pth").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"r50\.pth: reading \.pth takes PyTorch: pip install torch"):
+        pretrained.load(tmp_path / "r50.pth")
 
 
 def test_categories_of_coco():
