@@ -64,8 +64,10 @@ def _read_torch(path: Path) -> tuple[Tensors, dict[str, Any]]:
             f"{path}: reading .pth takes PyTorch: pip install torch --index-url https://download.pytorch.org/whl/cpu"
         ) from error
     try:
-        # The official files hold their command line, a Namespace of plain values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        # The official files hold their command line, a Namespace of plain values; mmdetection's, its log.
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        inert = [(_Inert, name) for name in unknown if name.split(".")[0] in ("mmengine", "mmcv", "mmdet", "numpy")]
+        with torch.serialization.safe_globals([argparse.Namespace, *inert]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
@@ -109,3 +111,13 @@ def _read_transformers(folder: Path) -> tuple[Tensors, dict[str, Any]]:
     if labels and len(labels) != 91 and not all(name.startswith("LABEL_") for name in labels.values()):
         facts["categories"] = Categories(tuple(sorted(labels)), tuple(labels[i] for i in sorted(labels)))
     return tensors, facts
+
+
+class _Inert:
+    """Stands for a pickled object of another library: keeps nothing, does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass

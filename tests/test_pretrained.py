@@ -176,6 +176,23 @@ def test_transformers_folder_and_back_is_bit_identical(name, tmp_path):
     assert_same(back.model, model)
 
 
+def test_transformers_with_a_timm_backbone(tmp_path):
+    """Their timm ResNets have torchvision's names."""
+    config, model = MODELS["detr_r50"], model_of(MODELS["detr_r50"])
+    official = pretrained.export(model, config, dialects.OFFICIAL_DETR)
+    tensors = {k: v for k, v in pretrained.export(model, config, dialects.HF_DETR).items() if "conv_encoder" not in k}
+    tensors |= {
+        name.replace("backbone.0.body.", "model.backbone.conv_encoder.model."): tensor
+        for name, tensor in official.items()
+        if name.startswith("backbone.0.body.")
+    }
+    pretrained.save(tmp_path, model, config, CELLS)
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, tmp_path / "model.safetensors")
+    back = pretrained.load(tmp_path)
+    assert back.config == config
+    assert_same(back.model, model)
+
+
 @pytest.mark.parametrize("name", ["single_scale", "multi_scale", "refine", "two_stage"])
 @pytest.mark.parametrize("dialect", [dialects.DETREX_DEFORMABLE, dialects.MMDET_DEFORMABLE, dialects.MMDET2_DEFORMABLE])
 def test_detrex_and_mmdetection(name, dialect, tmp_path):
@@ -332,6 +349,32 @@ def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path):
     with pytest.raises(ValueError, match=r"evil\.pth: refused"):
         pretrained.load(tmp_path / "evil.pth")
     assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parity
+def test_mmdetection_pth_with_its_log(tmp_path, monkeypatch):
+    """Its objects are not there when the file is read, and are not needed."""
+    import types
+
+    import torch
+
+    class HistoryBuffer:
+        def __init__(self):
+            self.values = np.arange(3)
+
+    HistoryBuffer.__module__, HistoryBuffer.__qualname__ = "mmengine.logging.history_buffer", "HistoryBuffer"
+    module = types.ModuleType("mmengine.logging.history_buffer")
+    module.HistoryBuffer = HistoryBuffer
+    config, model = MODELS["single_scale"], model_of(MODELS["single_scale"])
+    tensors = pretrained.fused(pretrained.export(model, config, dialects.MMDET_DEFORMABLE))
+    state = {name: torch.from_numpy(tensor.copy()) for name, tensor in tensors.items()}
+    with monkeypatch.context() as patch:
+        for name in ("mmengine", "mmengine.logging"):
+            patch.setitem(sys.modules, name, types.ModuleType(name))
+        patch.setitem(sys.modules, module.__name__, module)
+        content = {"state_dict": state, "message_hub": {"log": HistoryBuffer()}, "meta": {"lr": np.float64(1.0)}}
+        torch.save(content, tmp_path / "mmdet.pth")
+    assert_same(pretrained.load(tmp_path / "mmdet.pth", num_heads=4).model, model)
 
 
 @pytest.mark.parity
