@@ -43,7 +43,7 @@ def parse_train(argv: Sequence[str]) -> Config:
     """`--config RECIPE [--section.field value ...]` -> the configuration of the run."""
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--config")
-    # The two that everybody needs have short names.
+    # Short for --train.init-from.
     first.add_argument("--init-from")
     known, rest = first.parse_known_args(argv)
     if known.init_from:

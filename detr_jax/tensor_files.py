@@ -56,6 +56,7 @@ def _read_safetensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
 def _read_torch(path: Path) -> tuple[Tensors, dict[str, Any]]:
     import argparse
     import pickle
+    import zipfile
 
     try:
         import torch  # pyright: ignore[reportMissingImports]
@@ -65,7 +66,8 @@ def _read_torch(path: Path) -> tuple[Tensors, dict[str, Any]]:
         ) from error
     try:
         # The official files hold their command line, a Namespace of plain values; mmdetection's, its log.
-        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        # (Files of before PyTorch 1.6 are no zip archives, which is all that it can look into.)
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
         inert = [(_Inert, name) for name in unknown if name.split(".")[0] in ("mmengine", "mmcv", "mmdet", "numpy")]
         with torch.serialization.safe_globals([argparse.Namespace, *inert]):
             content = torch.load(path, map_location="cpu", weights_only=True)
