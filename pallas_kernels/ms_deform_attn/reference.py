@@ -24,8 +24,10 @@ def ms_deform_attn_reference(
     spatial_shapes: Sequence[tuple[int, int]],
     sampling_locations: jax.Array,
     attention_weights: jax.Array,
+    *,
+    interpret: bool = False,
 ) -> jax.Array:
-    """Shapes and semantics of `ms_deform_attn`.
+    """Shapes and semantics of `ms_deform_attn`; `interpret` changes nothing.
 
     Pixel centres lie at half-integers (`align_corners=False`); pixels outside the map are zero. The output is not
     differentiable where a point crosses a pixel centre: the gradient there is that of the cell on its right and below.
