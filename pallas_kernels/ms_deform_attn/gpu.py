@@ -23,11 +23,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-BLOCK_ELEMENTS = 1024
-"""Queries x padded channels of a program."""
-WARPS = 4
+WARP_ELEMENTS = 256
+"""Queries x padded channels of a warp."""
+FORWARD_WARPS = 4
+BACKWARD_WARPS = 1
 SIGNS = ((-1, -1), (-1, 1), (1, -1), (1, 1))
-"""Derivatives of a corner's shares with respect to y and x, in the order of `_samples`."""
+"""Derivatives of a corner's shares with respect to y and x, in the order of `_corners`."""
 
 
 def ms_deform_attn_gpu(
@@ -57,7 +58,7 @@ def ms_deform_attn_gpu(
 def _attend(value, spatial_shapes, locations, weights, interpret):
     b, queries, h = locations.shape[:3]
     output = jax.ShapeDtypeStruct((b, queries, h, value.shape[3]), value.dtype)
-    return _call(_forward_kernel, (value, locations, weights), output, spatial_shapes, interpret)
+    return _call(_forward_kernel, (value, locations, weights), output, FORWARD_WARPS, spatial_shapes, interpret)
 
 
 def _forward(value, spatial_shapes, locations, weights, interpret):
@@ -65,27 +66,29 @@ def _forward(value, spatial_shapes, locations, weights, interpret):
 
 
 def _backward(spatial_shapes, interpret, inputs, gradient):
-    zeros = jnp.zeros_like(inputs[0], jnp.float32)
-    outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (zeros, *inputs[1:])]
-    grad_value, grad_locations, grad_weights = _call(
-        _backward_kernel, (*inputs, gradient, zeros), outputs, spatial_shapes, interpret, input_output_aliases={4: 0}
-    )
-    return grad_value.astype(inputs[0].dtype), grad_locations, grad_weights
+    value, locations, weights = inputs
+    zeros = jnp.zeros_like(value, jnp.float32)
+    # In float32 before the kernel, so that rows are read in the layout in which they are added.
+    inputs = value.astype(jnp.float32), locations, weights, gradient.astype(jnp.float32), zeros
+    outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (zeros, locations, weights)]
+    options = {"input_output_aliases": {4: 0}}
+    grad_value, *others = _call(_backward_kernel, inputs, outputs, BACKWARD_WARPS, spatial_shapes, interpret, **options)
+    return grad_value.astype(value.dtype), *others
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _call(kernel, inputs, outputs, spatial_shapes, interpret, **options):
+def _call(kernel, inputs, outputs, warps, spatial_shapes, interpret, **options):
     b, _, h, d = inputs[0].shape
     queries = inputs[1].shape[1]
     channels = max(pl.next_power_of_2(d), 16)  # Triton's arrays have powers of two for sizes
-    block = min(max(BLOCK_ELEMENTS // channels, 1), pl.next_power_of_2(queries))
+    block = min(max(warps * WARP_ELEMENTS // channels, 1), pl.next_power_of_2(queries))
     return pl.pallas_call(
         functools.partial(kernel, spatial_shapes=spatial_shapes, block=block, channels=channels, interpret=interpret),
         out_shape=outputs,
         grid=(pl.cdiv(queries, block), h, b),
-        compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
         interpret=interpret,
         **options,
     )(*inputs)
@@ -95,11 +98,18 @@ def _forward_kernel(value_ref, locations_ref, weights_ref, output_ref, *, spatia
     del interpret
     image, query, head, channel = _program(block, channels)
     live = query < output_ref.shape[1]
-    output = jnp.zeros((block, channels), jnp.float32)
-    for _, weight, corners in _samples(locations_ref, weights_ref, spatial_shapes, image, query, head, live):
-        for token, inside, share_y, share_x in corners:
+
+    def sample(level, point, output):
+        place = image, query, head, level, point
+        weight = _load(weights_ref.at[place], live)
+        for token, inside, share_y, share_x in _corners(locations_ref, place, live, spatial_shapes):
             rows = _load(*_rows(value_ref, image, token, head, channel, inside))
             output += rows * (weight * share_y * share_x)[:, None]
+        return output
+
+    output = jnp.zeros((block, channels), jnp.float32)
+    for level in range(len(spatial_shapes)):
+        output = jax.lax.fori_loop(0, locations_ref.shape[4], functools.partial(sample, level), output)
     _store(*_rows(output_ref, image, query, head, channel, live), output)
 
 
@@ -121,9 +131,11 @@ def _backward_kernel(
     image, query, head, channel = _program(block, channels)
     live = query < gradient_ref.shape[1]
     gradient = _load(*_rows(gradient_ref, image, query, head, channel, live))
-    for (level, point), weight, corners in _samples(
-        locations_ref, weights_ref, spatial_shapes, image, query, head, live
-    ):
+
+    def differentiate(level, point, _):
+        place = image, query, head, level, point
+        weight = _load(weights_ref.at[place], live)
+        corners = _corners(locations_ref, place, live, spatial_shapes)
         grad_weight = grad_x = grad_y = jnp.zeros(block, jnp.float32)
         for (token, inside, share_y, share_x), (sign_y, sign_x) in zip(corners, SIGNS, strict=True):
             rows = _load(*_rows(value_ref, image, token, head, channel, inside))
@@ -134,9 +146,12 @@ def _backward_kernel(
             grad_rows = gradient * (weight * share_y * share_x)[:, None]
             _add(*_rows(grad_value_ref, image, token, head, channel, inside), grad_rows, interpret)
         height, width = spatial_shapes[level]
-        _store(grad_weights_ref.at[image, query, head, level, point], live, grad_weight)
-        _store(grad_locations_ref.at[image, query, head, level, point, 0], live, grad_x * weight * width)
-        _store(grad_locations_ref.at[image, query, head, level, point, 1], live, grad_y * weight * height)
+        _store(grad_weights_ref.at[place], live, grad_weight)
+        _store(grad_locations_ref.at[*place, 0], live, grad_x * weight * width)
+        _store(grad_locations_ref.at[*place, 1], live, grad_y * weight * height)
+
+    for level in range(len(spatial_shapes)):
+        jax.lax.fori_loop(0, locations_ref.shape[4], functools.partial(differentiate, level), None)
 
 
 def _program(block, channels):
@@ -145,23 +160,22 @@ def _program(block, channels):
     return pl.program_id(2), query, pl.program_id(1), jnp.arange(channels, dtype=jnp.int32)
 
 
-def _samples(locations_ref, weights_ref, spatial_shapes, image, query, head, live):
-    """Yields `(level, point)`, the attention weights and four (token, inside, share in y, share in x), all `[block]`.
+def _corners(locations_ref, place, live, spatial_shapes):
+    """The four pixels around one point of each query: (token, inside, share in y, share in x), all `[block]`.
 
     The formulas are those of `reference.bilinear`, so that both take the same cell for a point on its border.
     """
-    start = 0
-    for level, (height, width) in enumerate(spatial_shapes):
-        for point in range(locations_ref.shape[4]):
-            x = _load(locations_ref.at[image, query, head, level, point, 0], live)
-            y = _load(locations_ref.at[image, query, head, level, point, 1], live)
-            corners = [
-                (start + row * width + column, live & inside_y & inside_x, share_y, share_x)
-                for row, inside_y, share_y in _neighbours(y, height)
-                for column, inside_x, share_x in _neighbours(x, width)
-            ]
-            yield (level, point), _load(weights_ref.at[image, query, head, level, point], live), corners
-        start += height * width
+    level = place[3]
+    start = sum(height * width for height, width in spatial_shapes[:level])
+    height, width = spatial_shapes[level]
+    columns, lines = (
+        _neighbours(_load(locations_ref.at[*place, axis], live), size) for axis, size in enumerate((width, height))
+    )
+    return [
+        (start + row * width + column, live & inside_y & inside_x, share_y, share_x)
+        for row, inside_y, share_y in lines
+        for column, inside_x, share_x in columns
+    ]
 
 
 def _neighbours(location, size):
