@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from pallas_kernels.ms_deform_attn.reference import ms_deform_attn_reference
+from pallas_kernels.ms_deform_attn.xla import ms_deform_attn_xla
 
-IMPLEMENTATIONS = {"reference": ms_deform_attn_reference}
+IMPLEMENTATIONS = {"reference": ms_deform_attn_reference, "xla": ms_deform_attn_xla}
 
 
 def ms_deform_attn(

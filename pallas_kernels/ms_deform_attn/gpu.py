@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import jax.ref
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
