@@ -1,17 +1,19 @@
 """Multi-scale deformable attention on a GPU: Pallas, lowered through Triton.
 
-One program is a block of queries of one head of one image. Nothing here was timed while it was written; the choices
-follow from how a GPU fetches memory:
+One program is a block of queries of one head of one image. Nothing here has been timed; the choices follow from how a
+GPU fetches memory, and from what Triton and ptxas make of the kernels for compute capability 9.0:
 
-- A sample is four rows of `d` consecutive channels. A row is fetched whole by neighbouring threads in 16-byte pieces
-  and used at once, forward and backward; no gathered row is ever written back to memory.
-- Indices and bilinear shares are worked out once per point, on vectors of queries, and broadcast over the channels.
-  A block has fewer queries than threads, so that such a vector lives where its rows do and needs no shared memory.
-- Levels and points are unrolled: the fetches of all points are independent and can be in flight together.
+- A sample is four rows of `d` consecutive channels. Neighbouring threads fetch a row in 16-byte pieces and use it at
+  once, forward and backward; no gathered row is ever written back to memory.
+- Indices and shares are worked out once per point, on vectors of queries, and broadcast over the channels. A block has
+  fewer queries than threads, so Triton keeps such a vector where its rows are: no shared memory, no barriers.
+- Levels are unrolled, points are a loop. That leaves 64 registers a thread forward (40 in bfloat16) and 80 backward, so
+  that many warps hide each other's fetches; with points unrolled too there were 255, and the compiler took a minute.
 - Query blocks are the innermost grid axis: what runs at one time reads mostly one head's maps, 3 MB of the 23 MB of
   800x1333 in float32, and queries that are neighbours read the same lines.
 - Backward, the gradients of locations and weights come from four dot products a sample, reduced over channels in
-  registers. The gradient of `value` is added atomically in float32; its summation order, hence its last bits, may
+  registers. The gradient of `value` is added atomically in float32, four channels at a time where the GPU can. Atomics
+  order a program's warps by barriers: hence one warp a program. The order of the sums, and so their last bits, may
   change from run to run.
 """
 
