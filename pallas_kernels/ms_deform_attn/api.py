@@ -7,13 +7,22 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from pallas_kernels.ms_deform_attn.gpu import ms_deform_attn_gpu
 from pallas_kernels.ms_deform_attn.order import block_order
 from pallas_kernels.ms_deform_attn.reference import ms_deform_attn_reference
+from pallas_kernels.ms_deform_attn.sparsecore import ms_deform_attn_sparsecore
 from pallas_kernels.ms_deform_attn.tensorcore import ms_deform_attn_tensorcore
+from pallas_kernels.ms_deform_attn.xla import ms_deform_attn_xla
 
-IMPLEMENTATIONS = {"reference": ms_deform_attn_reference, "tensorcore": ms_deform_attn_tensorcore}
+IMPLEMENTATIONS = {
+    "reference": ms_deform_attn_reference,
+    "xla": ms_deform_attn_xla,
+    "tensorcore": ms_deform_attn_tensorcore,
+    "sparsecore": ms_deform_attn_sparsecore,
+    "gpu": ms_deform_attn_gpu,
+}
 """Name -> `f(value, spatial_shapes, sampling_locations, attention_weights, *, interpret)`."""
-XLA = ("reference",)
+XLA = ("reference", "xla")
 """Those of them that are plain JAX: any platform runs them, and XLA may partition them."""
 
 
