@@ -1,12 +1,15 @@
 """`ms_deform_attn` against a plain NumPy loop: forward, gradients, edges, types, sharding; its errors."""
 
+import functools
 import itertools
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sparsecore_interpreter import sparsecore_interpreter
 
 from pallas_kernels.ms_deform_attn import IMPLEMENTATIONS, ms_deform_attn
 from pallas_kernels.ms_deform_attn.shapes import SHAPES
@@ -15,8 +18,16 @@ LEVELS = ((3, 5), (2, 3), (1, 1))
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request) -> str:
-    return request.param
+def implementation(request, monkeypatch) -> Iterator[str]:
+    """Each implementation; what is made for another platform is interpreted."""
+    if request.param != "sparsecore":
+        yield request.param
+        return
+    monkeypatch.setitem(
+        IMPLEMENTATIONS, request.param, functools.partial(IMPLEMENTATIONS[request.param], interpret=True)
+    )
+    with sparsecore_interpreter(hazard=True):
+        yield request.param
 
 
 def attend_loop(value, spatial_shapes, locations, weights):

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from pallas_kernels.ms_deform_attn.reference import ms_deform_attn_reference
+from pallas_kernels.ms_deform_attn.sparsecore import ms_deform_attn_sparsecore
 
-IMPLEMENTATIONS = {"reference": ms_deform_attn_reference}
+IMPLEMENTATIONS = {"reference": ms_deform_attn_reference, "sparsecore": ms_deform_attn_sparsecore}
 
 
 def ms_deform_attn(

@@ -1,0 +1,403 @@
+"""Multi-scale deformable attention on the SparseCores of a TPU (v5p, v6e, 7x), in Pallas.
+
+A SparseCore's vector subcore reads and writes its own memory at a vector of addresses, one a lane. So each subcore
+keeps the values of one image and head, of all levels but only a few channels, in its memory and walks over all queries:
+the cost does not depend on where the points lie. The TensorCore makes the addresses and bilinear weights beforehand
+(`corners`, whose gradients are JAX's own), and the kernels multiply by that sparse matrix:
+
+- `gather`, the forward: the lanes are queries; each corner of each point is one gather a plane.
+- `gather_products`, the gradient of the bilinear weights: the same gathers, multiplied by the output's gradient.
+- `scatter`, the gradient of the values: whether lanes with equal addresses add up in one scatter is documented nowhere,
+  so no two ever have one. The lanes are the four corners of a point, which are four pixels, by a few points of one
+  query; in one scatter each of these points adds to another channel, and they change places in the next.
+
+A float32 value takes a word of memory; two channels in bfloat16 share one. Sums are in float32.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas import tpu_sc as plsc
+
+PLANES = (4, 2, 1)  # of a subcore: the most that fit; with more, the unrolled loops would be long
+CHUNKS = (128, 64, 32, 16)  # queries that a subcore reads at a time: the most that fit
+RESERVED_BYTES = 4096  # of a subcore's memory, for the compiler
+
+
+def ms_deform_attn_sparsecore(
+    value: jax.Array,
+    spatial_shapes: Sequence[tuple[int, int]],
+    sampling_locations: jax.Array,
+    attention_weights: jax.Array,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """Shapes and semantics of `ms_deform_attn`, gradients at pixel centres included; any batch, levels, heads, points.
+
+    Args:
+        value: `[b, s, h, d]`, float32 or bfloat16.
+        spatial_shapes: (height, width) of each of the `l` levels; static.
+        sampling_locations: `[b, q, h, l, p, 2]`.
+        attention_weights: `[b, q, h, l, p]`.
+        interpret: run without a TPU; JAX itself has no rules for that, `tests/sparsecore_interpreter.py` adds them.
+
+    Raises:
+        ValueError: the device has no SparseCore, or not even one plane of `s` tokens fits a subcore's memory.
+    """
+    core = sparse_core()
+    shapes = tuple((height, width) for height, width in spatial_shapes)
+    base, share = corners(shapes, sampling_locations.astype(jnp.float32), attention_weights.astype(jnp.float32))
+    return attend(core, shapes, interpret, value, base, share).astype(value.dtype)
+
+
+def sparse_core():
+    """The SparseCores (`SparseCoreInfo`) of the device that is traced for: the mesh's, otherwise the default one.
+
+    Raises:
+        ValueError: it has none.
+    """
+    try:
+        info = pltpu.get_tpu_info()
+    except ValueError as error:  # not a TPU
+        raise ValueError(f"implementation='sparsecore' needs a TPU v5p, v6e or 7x: {error}") from error
+    if info.sparse_core is None:
+        raise ValueError(
+            f"implementation='sparsecore' needs a TPU with SparseCores (v5p, v6e, 7x): {info.chip_version} has none"
+        )
+    return info.sparse_core
+
+
+def corners(
+    spatial_shapes: tuple[tuple[int, int], ...], locations: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The upper left of the four pixels around each point, and the weights of the four; queries last.
+
+    Returns:
+        int32 `[b * h, l * p, q]`, the pixel's token: one outside the map has the token that its row and column would
+        have, from `-1 - width` of the first level on. float32 `[b * h, l * p * 4, q]`, in row-major order, 0 outside.
+    """
+    sizes = np.array([(width, height) for height, width in spatial_shapes], np.int32)[:, None, :, None]  # [l, 1, 2, 1]
+    start = np.cumsum([0, *(height * width for height, width in spatial_shapes[:-1])], dtype=np.int32)[:, None, None]
+    position = jnp.moveaxis(locations, 1, -1) * sizes - 0.5  # [b, h, l, p, 2, q]
+    low = jnp.floor(position)
+    near = jnp.where((low >= 0) & (low < sizes), low + 1 - position, 0)
+    far = jnp.where((low >= -1) & (low < sizes - 1), position - low, 0)
+    cell = jnp.clip(low.astype(jnp.int32), -1, sizes - 1)  # as integers: no NaN becomes an address
+    base = start + cell[..., 1, :] * sizes[..., 0, :] + cell[..., 0, :]
+    horizontal = jnp.stack([near[..., 0, :], far[..., 0, :]], -2)
+    vertical = jnp.moveaxis(weights, 1, -1)[..., None, :] * jnp.stack([near[..., 1, :], far[..., 1, :]], -2)
+    share = vertical[..., :, None, :] * horizontal[..., None, :, :]
+    b, h, levels, p, q = base.shape
+    return base.reshape(b * h, levels * p, q), share.reshape(b * h, levels * p * 4, q)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def attend(core, spatial_shapes, interpret, value, base, share):
+    """`[b, s, h, d]`, `[b * h, l * p, q]`, `[b * h, l * p * 4, q]` -> float32 `[b, q, h, d]`."""
+    split = Split.of(core, spatial_shapes, value.shape, base.shape, packed=value.dtype == jnp.bfloat16)
+    return gather(split, value, base, share, interpret)
+
+
+def _attend_backward(core, spatial_shapes, interpret, inputs, gradient):
+    value, base, share = inputs
+    split = Split.of(core, spatial_shapes, value.shape, base.shape, packed=value.dtype == jnp.bfloat16)
+    grad_share = gather_products(split, value, base, gradient, interpret)
+    split = Split.of(core, spatial_shapes, value.shape, base.shape, packed=False)
+    grad_value = scatter(split, base, share, gradient, interpret)
+    return grad_value.astype(value.dtype), None, grad_share
+
+
+attend.defvjp(lambda *args: (attend(*args), args[3:]), _attend_backward)
+
+
+def gather(split, value, base, share, interpret):
+    """The forward: float32 `[b, q, h, d]`."""
+    lanes, chunk, channels = split.core.num_lanes, split.chunk, split.channels
+
+    def step(memory, base, share, output):
+        @plsc.parallel_loop(0, chunk, lanes)
+        def _(query):
+            total = [jnp.zeros(lanes, jnp.float32)] * channels
+            for sample, width in enumerate(split.widths):
+                address = base[pl.ds(sample * chunk + query, lanes)]
+                for corner, offset in enumerate((0, 1, width, width + 1)):
+                    factor = share[pl.ds((4 * sample + corner) * chunk + query, lanes)]
+                    pixel = split.read(memory, address + offset)
+                    total = [x + factor * y for x, y in zip(total, pixel, strict=True)]
+            for channel, x in enumerate(total):
+                output[pl.ds(channel * chunk + query, lanes)] = x
+
+    inputs = split.queries_last(split.addresses(base)), split.queries_last(share)
+    output = split.run(step, inputs, split.words(value), channels, name="forward", interpret=interpret)
+    output = output.reshape(split.batch, split.heads, split.slices, -1, channels, chunk)
+    output = output.transpose(0, 3, 5, 1, 2, 4).reshape(split.batch, -1, split.heads, split.slices * channels)
+    return output[:, : split.queries, :, : split.head_dim]
+
+
+def gather_products(split, value, base, gradient, interpret):
+    """The gradient of `share`, `[b * h, l * p * 4, q]`: pixels times the output's gradient, summed over channels."""
+    lanes, chunk, rows = split.core.num_lanes, split.chunk, 4 * len(split.widths)
+
+    def step(memory, base, gradient, output):
+        @plsc.parallel_loop(0, chunk, lanes)
+        def _(query):
+            factors = [gradient[pl.ds(channel * chunk + query, lanes)] for channel in range(split.channels)]
+            for sample, width in enumerate(split.widths):
+                address = base[pl.ds(sample * chunk + query, lanes)]
+                for corner, offset in enumerate((0, 1, width, width + 1)):
+                    pixel = split.read(memory, address + offset)
+                    products = [x * y for x, y in zip(factors, pixel, strict=True)]
+                    output[pl.ds((4 * sample + corner) * chunk + query, lanes)] = functools.reduce(jnp.add, products)
+
+    inputs = split.queries_last(split.addresses(base)), split.queries_last(split.sliced(gradient))
+    output = split.run(step, inputs, split.words(value), rows, name="backward_weights", interpret=interpret)
+    output = output.reshape(split.batch * split.heads, split.slices, -1, rows, chunk).sum(1)
+    return jnp.moveaxis(output, 1, 2).reshape(len(output), rows, -1)[..., : split.queries]
+
+
+def scatter(split, base, share, gradient, interpret):
+    """The gradient of `value`: float32 `[b, s, h, d]`."""
+    lanes, chunk, channels = split.core.num_lanes, split.chunk, split.channels
+    points = lanes // 4  # in a vector, by four corners
+    turns = max(points, channels)  # both are powers of two
+    padding = -len(split.widths) % points
+    widths = (*split.widths, *[0] * padding)
+
+    def step(memory, base, share, gradient):
+        lane = jax.lax.iota(jnp.int32, lanes)
+        point, below, right = lane >> 2, (lane >> 1) & 1, lane & 1
+        channel = [(point + turn) & (turns - 1) for turn in range(turns)]
+        served = [x < channels for x in channel]  # with more points than channels, some wait
+        channel = [jnp.minimum(x, channels - 1) for x in channel]
+        corner = []
+        for first in range(0, len(widths), points):
+            width = jnp.full(lanes, widths[first], jnp.int32)
+            for i in range(1, points):
+                width = jnp.where(point == i, widths[first + i], width)
+            corner.append(below * width + right)
+
+        @plsc.parallel_loop(0, chunk)
+        def _(query):
+            factors = [plsc.load_gather(gradient, [x * chunk + query]) for x in channel]
+            for i, offset in enumerate(corner):
+                address = plsc.load_gather(base, [(i * points + point) * chunk + query]) + offset
+                weight = share[pl.ds((query * len(widths) + i * points) * 4, lanes)]
+                # In a map one pixel wide, the right and the lower one have one address; one of them is outside.
+                inside = weight != 0
+                for x, now, factor in zip(channel, served, factors, strict=True):
+                    mask = inside & now if channels < points else inside
+                    plsc.addupdate_scatter(memory, [address + x * split.plane], weight * factor, mask=mask)
+
+    base = jnp.pad(split.addresses(base), ((0, 0), (0, padding), (0, 0)))
+    share = jnp.pad(share, ((0, 0), (0, 4 * padding), (0, 0)))
+    inputs = split.queries_last(base), split.queries_first(share), split.queries_last(split.sliced(gradient))
+    output = split.run(step, inputs, None, 0, name="backward_values", interpret=interpret)
+    output = output.reshape(split.batch, split.heads, split.slices, split.parts, channels, split.plane).sum(3)
+    output = output.reshape(split.batch, split.heads, -1, split.plane)[:, :, : split.head_dim]
+    return output[..., split.front : split.front + split.tokens].transpose(0, 3, 1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """How the work is cut up: a task is a slice of the channels of one head of one image, and a part of the queries."""
+
+    core: Any  # SparseCoreInfo
+    spatial_shapes: tuple[tuple[int, int], ...]
+    batch: int
+    heads: int
+    head_dim: int
+    points: int
+    queries: int
+    packed: bool  # two channels to a word
+    planes: int = 1  # planes of words in a subcore's memory
+    chunk: int = 1  # queries that a subcore reads at a time
+    chunks: int = 1  # of a task
+    parts: int = 1  # tasks that share the queries
+
+    @classmethod
+    def of(cls, core, spatial_shapes, value_shape, base_shape, packed) -> "Split":
+        """As many planes as a subcore's memory holds, then chunks as long, then the parts that are done first."""
+        batch, _, heads, head_dim = value_shape
+        _, samples, queries = base_shape
+        points = samples // len(spatial_shapes)
+        split = cls(core, spatial_shapes, batch, heads, head_dim, points, queries, packed)
+        for planes, chunk in itertools.product(PLANES, CHUNKS):
+            split = dataclasses.replace(split, planes=planes, chunk=chunk)
+            oversized = planes >= 2 * -(-split.head_dim // (1 + packed)) or chunk >= max(2 * queries, 2 * CHUNKS[-1])
+            if split.bytes <= core.vmem_capacity_bytes and not oversized:
+                break
+        else:
+            raise ValueError(
+                f"implementation='sparsecore' keeps the {split.tokens} tokens of spatial_shapes {spatial_shapes} in a "
+                f"subcore's memory: {split.bytes} bytes, of {core.vmem_capacity_bytes}; use another implementation"
+            )
+        chunks = -(-queries // chunk)
+        slices, workers = batch * heads * split.slices, core.num_cores * core.num_subcores
+
+        def time(parts):  # in chunks; loading the planes takes about as long as one
+            return -(-slices * parts // workers) * (-(-chunks // parts) + 1)
+
+        parts = min(range(1, min(chunks, workers) + 1), key=time)
+        return dataclasses.replace(split, chunks=-(-chunks // parts), parts=parts)
+
+    @property
+    def tokens(self) -> int:
+        return sum(height * width for height, width in self.spatial_shapes)
+
+    @property
+    def front(self) -> int:
+        """Words before the first token, for what lies above and left of the first level."""
+        return self.spatial_shapes[0][1] + 1
+
+    @property
+    def plane(self) -> int:
+        """Words of a plane, with what lies below and right of the last level; 128 words are aligned for every copy."""
+        return -(-(self.front + self.tokens + self.spatial_shapes[-1][1] + 1) // 128) * 128
+
+    @property
+    def channels(self) -> int:
+        """Channels of a slice."""
+        return self.planes * (2 if self.packed else 1)
+
+    @property
+    def slices(self) -> int:
+        """Slices of a head's channels."""
+        return -(-self.head_dim // self.channels)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The width of the level of each point of a query."""
+        return tuple(width for _, width in self.spatial_shapes for _ in range(self.points))
+
+    @property
+    def bytes(self) -> int:
+        """Memory of a subcore: its planes and, twice, to copy while it computes, what it reads and writes a chunk."""
+        samples = -(-len(self.widths) // 4) * 4
+        return 4 * (self.planes * self.plane + 2 * self.chunk * (5 * samples + self.channels)) + RESERVED_BYTES
+
+    def words(self, value: jax.Array) -> jax.Array:
+        """`[b, s, h, d]` -> `[b * h * slices, planes * plane]`, float32 or two bfloat16 in an int32."""
+        back = self.plane - self.front - self.tokens
+        channels = (0, self.slices * self.channels - self.head_dim)
+        value = jnp.pad(value.transpose(0, 2, 3, 1), ((0, 0), (0, 0), channels, (self.front, back)))
+        if self.packed:
+            bits = jax.lax.bitcast_convert_type(value, jnp.uint16).astype(jnp.uint32)
+            value = jax.lax.bitcast_convert_type(bits[:, :, ::2] | bits[:, :, 1::2] << 16, jnp.int32)
+        return value.reshape(-1, self.planes * self.plane)
+
+    def read(self, memory, address: jax.Array) -> list[jax.Array]:
+        """In a kernel: each channel's values at a vector of addresses, in float32."""
+        planes = [memory.at[pl.ds(i * self.plane, self.plane)] for i in range(self.planes)]
+        words = [plsc.load_gather(plane, [address]) for plane in planes]
+        if not self.packed:
+            return words
+        halves = [half for word in words for half in (word << 16, word & np.int32(-(1 << 16)))]
+        return [jax.lax.bitcast_convert_type(half, jnp.float32) for half in halves]
+
+    def addresses(self, base: jax.Array) -> jax.Array:
+        """Of tokens within a plane."""
+        return base + self.front
+
+    def sliced(self, gradient: jax.Array) -> jax.Array:
+        """`[b, q, h, d]` -> `[b * h * slices, channels, q]`."""
+        channels = (0, self.slices * self.channels - self.head_dim)
+        gradient = jnp.pad(gradient.transpose(0, 2, 3, 1), ((0, 0), (0, 0), channels, (0, 0)))
+        return gradient.reshape(-1, self.channels, self.queries)
+
+    def queries_last(self, x: jax.Array) -> jax.Array:
+        """`[n, rows, q]` -> `[n, parts * chunks, rows * chunk]`, the rows of each chunk one after another."""
+        n, rows, _ = x.shape
+        x = self.padded(x).reshape(n, rows, -1, self.chunk)
+        return x.transpose(0, 2, 1, 3).reshape(n, -1, rows * self.chunk)
+
+    def queries_first(self, x: jax.Array) -> jax.Array:
+        """`[n, rows, q]` -> `[n, parts * chunks, chunk * rows]`, the queries of each chunk one after another."""
+        n, rows, _ = x.shape
+        return self.padded(x).transpose(0, 2, 1).reshape(n, -1, self.chunk * rows)
+
+    def padded(self, x: jax.Array) -> jax.Array:
+        """With queries added at the end, up to whole chunks, whose weights are zero."""
+        return jnp.pad(x, ((0, 0), (0, 0), (0, self.parts * self.chunks * self.chunk - self.queries)))
+
+    def run(self, step: Callable, inputs, words, out_rows: int, *, name: str, interpret: bool) -> jax.Array:
+        """Runs `step(memory, *input chunks, output chunk)` for every chunk of every task.
+
+        Args:
+            step: fills the output chunk; or, where `words` is None, adds to the memory, float32 `[planes * plane]`.
+            inputs: `[n, parts * chunks, words of a chunk]`, where `n` is `b * h` or `b * h * slices`.
+            words: what the memory holds, `[b * h * slices, planes * plane]`.
+            out_rows: words of the output for each query.
+            name: of the kernel.
+            interpret: see `ms_deform_attn_sparsecore`.
+
+        Returns:
+            Float32, flat: of `[b * h * slices, parts * chunks, out_rows, chunk]`, or of the memory of every task,
+            `[b * h * slices, parts, planes * plane]`.
+        """
+        core, memory_size = self.core, self.planes * self.plane
+        slices = self.batch * self.heads * self.slices
+        tasks, workers = slices * self.parts, core.num_cores * core.num_subcores
+        dtype = jnp.float32 if words is None else words.dtype
+        out_size = tasks * memory_size if words is None else tasks * self.chunks * self.chunk * out_rows
+
+        def kernel(*refs):
+            *arrays, output, memory = refs
+            worker = jax.lax.axis_index("subcore") * core.num_cores + jax.lax.axis_index("core")
+
+            @pl.loop(worker, tasks, step=workers)
+            def _(task):
+                slice_, part = task // self.parts, task % self.parts
+
+                def chunks(n, words):
+                    """The task's chunks in an array of `n` of them for each part."""
+                    first = (slice_ // (slices // n) * self.parts + part) * self.chunks
+                    return pl.BlockSpec((words,), lambda i: (first + i,))
+
+                def planes(array, index):
+                    return array.at[pl.ds(pl.multiple_of(index * memory_size, 128), memory_size)]
+
+                if words is None:
+
+                    @plsc.parallel_loop(0, memory_size, core.num_lanes, unroll=8)
+                    def _(i):
+                        memory[pl.ds(i, core.num_lanes)] = jnp.zeros(core.num_lanes, jnp.float32)
+
+                    out_specs = []
+                else:
+                    pltpu.sync_copy(planes(arrays[0], slice_), memory)
+                    out_specs = [chunks(slices, out_rows * self.chunk)]
+                streams = [*arrays[-len(inputs) :], *([] if words is None else [output])]
+                in_specs = [chunks(len(x), x.shape[-1]) for x in inputs]
+                pltpu.emit_pipeline(
+                    functools.partial(step, memory), grid=(self.chunks,), in_specs=in_specs, out_specs=out_specs
+                )(*streams)
+                if words is None:
+                    pltpu.sync_copy(memory, planes(output, task))
+
+        call = pl.kernel(
+            kernel,
+            out_type=jax.ShapeDtypeStruct((out_size,), jnp.float32),
+            mesh=plsc.VectorSubcoreMesh(
+                core_axis_name="core",
+                subcore_axis_name="subcore",
+                num_cores=core.num_cores,
+                num_subcores=core.num_subcores,
+            ),
+            scratch_types=[pltpu.VMEM((memory_size,), dtype)],
+            compiler_params=pltpu.CompilerParams(
+                needs_layout_passes=False, use_tc_tiling_on_sc=False, disable_bounds_checks=True
+            ),
+            name=f"ms_deform_attn_{name}",
+            interpret=interpret,
+        )
+        return call(
+            *(x.reshape(-1) for x in [*([] if words is None else [words]), *inputs])
+        )  # one dimension: no relayout
