@@ -20,6 +20,8 @@ JAX_VERSION = "0.10.2"
 def sparsecore_interpreter(*, cores=2, subcores=2, lanes=8, memory=512 * 1024, hazard=False) -> Iterator[None]:
     """While it is open, the CPU passes for a TPU with these SparseCores, and `interpret=True` runs on them.
 
+    What is jitted under one of these must not be called under another.
+
     Args:
         cores: SparseCores.
         subcores: vector subcores of each.
@@ -46,20 +48,14 @@ def sparsecore_interpreter(*, cores=2, subcores=2, lanes=8, memory=512 * 1024, h
         patch.setitem(tpu_info.registry, "cpu", lambda: dataclasses.replace(chip, sparse_core=core))
         patch.setattr(hlo_interpreter, "kernel_to_hlo_jaxpr", _axes_of_the_grid(hlo_interpreter.kernel_to_hlo_jaxpr))
         patch.setitem(_model, "hazard", hazard)
-        _forget(tpu_info)
+        tpu_info.get_tpu_info.cache_clear()
         try:
             yield
         finally:
-            _forget(tpu_info)
+            tpu_info.get_tpu_info.cache_clear()
 
 
 _model = {"hazard": False}
-
-
-def _forget(tpu_info) -> None:
-    """Whatever was traced for another chip."""
-    tpu_info.get_tpu_info.cache_clear()
-    jax.clear_caches()
 
 
 def _axes_of_the_grid(lower):
@@ -88,6 +84,7 @@ def _register() -> None:
 
     discharge.register_discharge_rule(sc_primitives.gather_p)(_gather)
     discharge.register_discharge_rule(sc_primitives.scatter_p)(_scatter)
+    discharge.register_discharge_rule(sc_primitives.swap_p)(_addupdate)
     discharge.register_partial_discharge_rule(sc_primitives.parallel_loop_p)(_parallel_loop)
 
 
@@ -112,6 +109,16 @@ def _scatter(in_avals, out_avals, *args, tree, add):
     else:
         array = target.add(values, mode="drop") if add else target.set(values, mode="drop")
     return (array, *[None] * (len(in_avals) - 1)), ()
+
+
+def _addupdate(in_avals, out_avals, array, values, *transforms, has_mask, tree, add):
+    from jax._src.state import discharge
+
+    assert add and not has_mask
+    transforms = jax.tree.unflatten(tree, transforms)
+    old = discharge.transform_array(array, transforms)
+    _, array = discharge.transform_swap_array(array, transforms, old + values)
+    return (array, *[None] * (len(in_avals) - 1)), old
 
 
 def _parallel_loop(should_discharge, in_avals, out_avals, *args, tree, unroll, jaxpr):

@@ -56,7 +56,7 @@ def ms_deform_attn(
     mesh = jax.sharding.get_abstract_mesh()
     shards = mesh.shape.get(batch_axis, 1) if batch_axis not in mesh.manual_axes else 1
     if shards > 1 and value.shape[0] % shards == 0:
-        attend = jax.shard_map(attend, in_specs=jax.P(batch_axis), out_specs=jax.P(batch_axis))
+        attend = jax.shard_map(attend, in_specs=jax.P(batch_axis), out_specs=jax.P(batch_axis), check_vma=False)
     return attend(value, sampling_locations, attention_weights)
 
 

@@ -123,17 +123,24 @@ def gather(split, value, base, share, interpret):
     lanes, chunk, channels = split.core.num_lanes, split.chunk, split.channels
 
     def step(memory, base, share, output):
-        @plsc.parallel_loop(0, chunk, lanes)
-        def _(query):
-            total = [jnp.zeros(lanes, jnp.float32)] * channels
-            for sample, width in enumerate(split.widths):
-                address = base[pl.ds(sample * chunk + query, lanes)]
-                for corner, offset in enumerate((0, 1, width, width + 1)):
-                    factor = share[pl.ds((4 * sample + corner) * chunk + query, lanes)]
-                    pixel = split.read(memory, address + offset)
-                    total = [x + factor * y for x, y in zip(total, pixel, strict=True)]
-            for channel, x in enumerate(total):
-                output[pl.ds(channel * chunk + query, lanes)] = x
+        samples = list(enumerate(split.widths))
+        groups = [samples[i : i + 2] for i in range(0, len(samples), 2)]
+        for group in groups:  # in one loop over all of them, the compiler runs out of registers
+
+            @plsc.parallel_loop(0, chunk, lanes)
+            def _(query, group=group):
+                total = [jnp.zeros(lanes, jnp.float32)] * channels
+                for sample, width in group:
+                    address = base[pl.ds(sample * chunk + query, lanes)]
+                    for corner, offset in enumerate((0, 1, width, width + 1)):
+                        factor = share[pl.ds((4 * sample + corner) * chunk + query, lanes)]
+                        pixel = split.read(memory, address + offset)
+                        total = [x + factor * y for x, y in zip(total, pixel, strict=True)]
+                for channel, x in enumerate(total):
+                    if group is groups[0]:
+                        output[pl.ds(channel * chunk + query, lanes)] = x
+                    else:
+                        plsc.addupdate(output.at[pl.ds(channel * chunk + query, lanes)], x)
 
     inputs = split.queries_last(split.addresses(base)), split.queries_last(share)
     output = split.run(step, inputs, split.words(value), channels, name="forward", interpret=interpret)
