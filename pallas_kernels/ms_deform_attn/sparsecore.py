@@ -55,7 +55,7 @@ def ms_deform_attn_sparsecore(
     core = sparse_core()
     shapes = tuple((height, width) for height, width in spatial_shapes)
     base, share = corners(shapes, sampling_locations.astype(jnp.float32), attention_weights.astype(jnp.float32))
-    return attend(core, shapes, interpret, value, base, share).astype(value.dtype)
+    return jnp.asarray(attend(core, shapes, interpret, value, base, share), value.dtype)
 
 
 def sparse_core():
@@ -91,7 +91,7 @@ def corners(
     near = jnp.where((low >= 0) & (low < sizes), low + 1 - position, 0)
     far = jnp.where((low >= -1) & (low < sizes - 1), position - low, 0)
     cell = jnp.clip(low.astype(jnp.int32), -1, sizes - 1)  # as integers: no NaN becomes an address
-    base = start + cell[..., 1, :] * sizes[..., 0, :] + cell[..., 0, :]
+    base = cell[..., 0, :] + cell[..., 1, :] * sizes[..., 0, :] + start
     horizontal = jnp.stack([near[..., 0, :], far[..., 0, :]], -2)
     vertical = jnp.moveaxis(weights, 1, -1)[..., None, :] * jnp.stack([near[..., 1, :], far[..., 1, :]], -2)
     share = vertical[..., :, None, :] * horizontal[..., None, :, :]
@@ -100,7 +100,7 @@ def corners(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def attend(core, spatial_shapes, interpret, value, base, share):
+def attend(core, spatial_shapes, interpret, value, base, share) -> jax.Array:
     """`[b, s, h, d]`, `[b * h, l * p, q]`, `[b * h, l * p * 4, q]` -> float32 `[b, q, h, d]`."""
     split = Split.of(core, spatial_shapes, value.shape, base.shape, packed=value.dtype == jnp.bfloat16)
     return gather(split, value, base, share, interpret)
@@ -124,8 +124,9 @@ def gather(split, value, base, share, interpret):
 
     def step(memory, base, share, output):
         samples = list(enumerate(split.widths))
-        groups = [samples[i : i + 2] for i in range(0, len(samples), 2)]
-        for group in groups:  # in one loop over all of them, the compiler runs out of registers
+        size = 8 // split.planes  # in one loop over all of them, the compiler runs out of registers
+        groups = [samples[i : i + size] for i in range(0, len(samples), size)]
+        for group in groups:
 
             @plsc.parallel_loop(0, chunk, lanes)
             def _(query, group=group):
@@ -349,47 +350,49 @@ class Split:
             Float32, flat: of `[b * h * slices, parts * chunks, out_rows, chunk]`, or of the memory of every task,
             `[b * h * slices, parts, planes * plane]`.
         """
-        core, memory_size = self.core, self.planes * self.plane
+        core, size = self.core, self.planes * self.plane
         slices = self.batch * self.heads * self.slices
         tasks, workers = slices * self.parts, core.num_cores * core.num_subcores
-        dtype = jnp.float32 if words is None else words.dtype
-        out_size = tasks * memory_size if words is None else tasks * self.chunks * self.chunk * out_rows
+        adds = words is None
+        operands = inputs if adds else [words, *inputs]
 
         def kernel(*refs):
             *arrays, output, memory = refs
             worker = jax.lax.axis_index("subcore") * core.num_cores + jax.lax.axis_index("core")
 
+            def planes(array, index):
+                return array.at[pl.ds(pl.multiple_of(index * size, 128), size)]
+
             @pl.loop(worker, tasks, step=workers)
             def _(task):
-                slice_, part = task // self.parts, task % self.parts
+                channels, part = task // self.parts, task % self.parts
 
                 def chunks(n, words):
-                    """The task's chunks in an array of `n` of them for each part."""
-                    first = (slice_ // (slices // n) * self.parts + part) * self.chunks
+                    """The task's chunks in an array of `b * h` or `b * h * slices` tables."""
+                    first = (channels // (slices // n) * self.parts + part) * self.chunks
                     return pl.BlockSpec((words,), lambda i: (first + i,))
 
-                def planes(array, index):
-                    return array.at[pl.ds(pl.multiple_of(index * memory_size, 128), memory_size)]
+                if adds:
 
-                if words is None:
-
-                    @plsc.parallel_loop(0, memory_size, core.num_lanes, unroll=8)
+                    @plsc.parallel_loop(0, size, core.num_lanes, unroll=8)
                     def _(i):
                         memory[pl.ds(i, core.num_lanes)] = jnp.zeros(core.num_lanes, jnp.float32)
-
-                    out_specs = []
                 else:
-                    pltpu.sync_copy(planes(arrays[0], slice_), memory)
-                    out_specs = [chunks(slices, out_rows * self.chunk)]
-                streams = [*arrays[-len(inputs) :], *([] if words is None else [output])]
-                in_specs = [chunks(len(x), x.shape[-1]) for x in inputs]
-                pltpu.emit_pipeline(
-                    functools.partial(step, memory), grid=(self.chunks,), in_specs=in_specs, out_specs=out_specs
-                )(*streams)
-                if words is None:
+                    pltpu.sync_copy(planes(arrays[0], channels), memory)
+                stream = pltpu.emit_pipeline(
+                    functools.partial(step, memory),
+                    grid=(self.chunks,),
+                    in_specs=[chunks(len(x), x.shape[-1]) for x in inputs],
+                    out_specs=[] if adds else [chunks(slices, out_rows * self.chunk)],
+                )
+                if adds:
+                    stream(*arrays)
                     pltpu.sync_copy(memory, planes(output, task))
+                else:
+                    stream(*arrays[1:], output)
 
-        call = pl.kernel(
+        out_size = tasks * (size if adds else self.chunks * self.chunk * out_rows)
+        call: Callable = pl.kernel(
             kernel,
             out_type=jax.ShapeDtypeStruct((out_size,), jnp.float32),
             mesh=plsc.VectorSubcoreMesh(
@@ -398,13 +401,11 @@ class Split:
                 num_cores=core.num_cores,
                 num_subcores=core.num_subcores,
             ),
-            scratch_types=[pltpu.VMEM((memory_size,), dtype)],
+            scratch_types=[pltpu.VMEM((size,), jnp.float32 if adds else words.dtype)],
             compiler_params=pltpu.CompilerParams(
                 needs_layout_passes=False, use_tc_tiling_on_sc=False, disable_bounds_checks=True
             ),
             name=f"ms_deform_attn_{name}",
             interpret=interpret,
         )
-        return call(
-            *(x.reshape(-1) for x in [*([] if words is None else [words]), *inputs])
-        )  # one dimension: no relayout
+        return call(*(x.reshape(-1) for x in operands))  # of one dimension, so that XLA need not change their layout
