@@ -17,13 +17,15 @@ JAX_VERSION = "0.10.2"
 
 
 @contextlib.contextmanager
-def sparsecore_interpreter(*, cores=2, subcores=2, lanes=8, memory=512 * 1024, hazard=False) -> Iterator[None]:
+def sparsecore_interpreter(
+    *, cores: int | None = 2, subcores=2, lanes=8, memory=512 * 1024, hazard=False
+) -> Iterator[None]:
     """While it is open, the CPU passes for a TPU with these SparseCores, and `interpret=True` runs on them.
 
     What is jitted under one of these must not be called under another.
 
     Args:
-        cores: SparseCores.
+        cores: SparseCores; `None` for a TPU that has none.
         subcores: vector subcores of each.
         lanes: words of a vector.
         memory: bytes of a subcore's memory.
@@ -37,7 +39,7 @@ def sparsecore_interpreter(*, cores=2, subcores=2, lanes=8, memory=512 * 1024, h
 
     _register()
     chip = tpu_info.get_tpu_info_for_chip(tpu_info.ChipVersion.TPU_7X, 1)
-    core = tpu_info.SparseCoreInfo(
+    core = cores and tpu_info.SparseCoreInfo(
         num_cores=cores,
         num_subcores=subcores,
         num_lanes=lanes,

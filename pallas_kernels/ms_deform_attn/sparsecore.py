@@ -123,9 +123,7 @@ def gather(split, value, base, share, interpret):
     lanes, chunk, channels = split.core.num_lanes, split.chunk, split.channels
 
     def step(memory, base, share, output):
-        samples = list(enumerate(split.widths))
-        size = 8 // split.planes  # in one loop over all of them, the compiler runs out of registers
-        groups = [samples[i : i + size] for i in range(0, len(samples), size)]
+        groups = split.groups(8 // split.planes)
         for group in groups:
 
             @plsc.parallel_loop(0, chunk, lanes)
@@ -155,15 +153,18 @@ def gather_products(split, value, base, gradient, interpret):
     lanes, chunk, rows = split.core.num_lanes, split.chunk, 4 * len(split.widths)
 
     def step(memory, base, gradient, output):
-        @plsc.parallel_loop(0, chunk, lanes)
-        def _(query):
-            factors = [gradient[pl.ds(channel * chunk + query, lanes)] for channel in range(split.channels)]
-            for sample, width in enumerate(split.widths):
-                address = base[pl.ds(sample * chunk + query, lanes)]
-                for corner, offset in enumerate((0, 1, width, width + 1)):
-                    pixel = split.read(memory, address + offset)
-                    products = [x * y for x, y in zip(factors, pixel, strict=True)]
-                    output[pl.ds((4 * sample + corner) * chunk + query, lanes)] = functools.reduce(jnp.add, products)
+        for group in split.groups(16 // split.planes):
+
+            @plsc.parallel_loop(0, chunk, lanes)
+            def _(query, group=group):
+                factors = [gradient[pl.ds(channel * chunk + query, lanes)] for channel in range(split.channels)]
+                for sample, width in group:
+                    address = base[pl.ds(sample * chunk + query, lanes)]
+                    for corner, offset in enumerate((0, 1, width, width + 1)):
+                        pixel = split.read(memory, address + offset)
+                        products = [x * y for x, y in zip(factors, pixel, strict=True)]
+                        total = functools.reduce(jnp.add, products)
+                        output[pl.ds((4 * sample + corner) * chunk + query, lanes)] = total
 
     inputs = split.queries_last(split.addresses(base)), split.queries_last(split.sliced(gradient))
     output = split.run(step, inputs, split.words(value), rows, name="backward_weights", interpret=interpret)
@@ -284,6 +285,12 @@ class Split:
     def widths(self) -> tuple[int, ...]:
         """The width of the level of each point of a query."""
         return tuple(width for _, width in self.spatial_shapes for _ in range(self.points))
+
+    def groups(self, size: int) -> list[list[tuple[int, int]]]:
+        """The points (index, width of its level) by the loops that go over them: in one loop over all of them the
+        compiler runs out of registers, and starting many takes time."""
+        points = list(enumerate(self.widths))
+        return [points[i : i + size] for i in range(0, len(points), size)]
 
     @property
     def bytes(self) -> int:
