@@ -123,51 +123,69 @@ def test_errors():
 TOPOLOGIES = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("generation", TOPOLOGIES)
-def test_compiles(generation, dtype, monkeypatch):
-    """Forward and backward of the encoder's largest published size; the kernels run beside the TensorCore's work."""
+@pytest.fixture(params=TOPOLOGIES)
+def device(request, monkeypatch):
+    """A device of each generation that has SparseCores, to compile for."""
     pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu: pip install 'jax[tpu]'")
     for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
         monkeypatch.setitem(os.environ, name, "1")
     from jax.experimental import topologies
 
-    device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[generation]).devices[0]
-    sharding = jax.sharding.SingleDeviceSharding(device)
+    device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[request.param]).devices[0]
+    with jax.set_mesh(jax.sharding.Mesh(np.array([device]), ("device",))):
+        yield device
+
+
+def schedule(function, device, dtype, *other) -> list[str]:
+    """The scheduled instructions of `function(value, locations, weights, ...)` at the encoder's published size."""
     shape = SHAPES["encoder_800x1333"]
     points = (shape.batch, shape.tokens, shape.heads, len(shape.spatial_shapes), shape.points)
-
-    def struct(*size, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct(size, dtype, sharding=sharding)
-
-    def loss(value, locations, weights, x, matrix):
-        output = ms_deform_attn_sparsecore(value, shape.spatial_shapes, locations, weights)
-        for _ in range(4):  # does not depend on the output
-            x = jax.nn.relu(x @ matrix)
-        return output.astype(jnp.float32).sum() + x.astype(jnp.float32).sum()
-
-    with jax.set_mesh(jax.sharding.Mesh(np.array([device]), ("device",))):
-        compiled = (
-            jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
-            .lower(
-                struct(shape.batch, shape.tokens, shape.heads, shape.head_dim, dtype=dtype),
-                struct(*points, 2),
-                struct(*points),
-                struct(8192, 4096, dtype=jnp.bfloat16),
-                struct(4096, 4096, dtype=jnp.bfloat16),
-            )
-            .compile()
-        )
-    text = compiled.as_text()
-    schedule = text[text.index("\nENTRY") :].splitlines()
-    for kernel in ("forward", "backward_weights", "backward_values"):
-        (start,) = [i for i, line in enumerate(schedule) if re.search(rf" %\S*{kernel}\S* = .* call-start\(", line)]
-        assert 'async_execution_thread="sparsecore"' in schedule[start]
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    inputs = [
+        jax.ShapeDtypeStruct((shape.batch, shape.tokens, shape.heads, shape.head_dim), dtype, sharding=sharding),
+        jax.ShapeDtypeStruct((*points, 2), jnp.float32, sharding=sharding),
+        jax.ShapeDtypeStruct(points, jnp.float32, sharding=sharding),
+        *(jax.ShapeDtypeStruct(size, jnp.bfloat16, sharding=sharding) for size in other),
+    ]
+    text = jax.jit(function).lower(*inputs).compile().as_text()
     assert "is_scheduled=true" in text
-    between = []
-    running = False
-    for line in schedule:
-        running = (running or "call-start(" in line) and "call-done(" not in line
-        between += [line] if running and re.search(r"fusion\(|convolution\(|dot\(", line) else []
-    assert any("dot_general" in line for line in between), between
+    return text[text.index("\nENTRY") :].splitlines()
+
+
+def attend(*inputs):
+    return ms_deform_attn_sparsecore(inputs[0], SHAPES["encoder_800x1333"].spatial_shapes, *inputs[1:])
+
+
+def starts(lines: list[str], kernel: str) -> list[int]:
+    """Where a kernel starts; it is asynchronous and on the SparseCores' thread."""
+    found = [i for i, line in enumerate(lines) if re.search(rf" %\S*{kernel}\S* = .* call-start\(", line)]
+    assert all('async_execution_thread="sparsecore"' in lines[i] for i in found)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_compiles(device, dtype):
+    """Forward and backward: each kernel fits a subcore's memory and is asynchronous."""
+
+    def loss(*inputs):
+        return attend(*inputs).astype(jnp.float32).sum()
+
+    lines = schedule(jax.value_and_grad(loss, (0, 1, 2)), device, dtype)
+    for kernel in ("forward", "backward_weights", "backward_values"):
+        assert len(starts(lines, f"ms_deform_attn_{kernel}")) == 1
+
+
+@pytest.mark.slow
+def test_runs_beside_the_tensorcore(device):
+    """Matrix products that do not need the kernel's output are scheduled between its start and its end."""
+
+    def attend_and_multiply(value, locations, weights, x, matrix):
+        for _ in range(4):
+            x = jax.nn.relu(x @ matrix)
+        return attend(value, locations, weights), x
+
+    lines = schedule(attend_and_multiply, device, jnp.float32, (8192, 4096), (4096, 4096))
+    (start,) = starts(lines, "ms_deform_attn_forward")
+    (end,) = [i for i, line in enumerate(lines) if re.search(r" %\S*ms_deform_attn_forward\S* = .* call-done\(", line)]
+    assert sum("dot_general" in line for line in lines[start:end]) >= 3

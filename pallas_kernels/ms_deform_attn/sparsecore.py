@@ -17,6 +17,7 @@ A float32 value takes a word of memory; two channels in bfloat16 share one. Sums
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -168,8 +169,10 @@ def gather_products(split, value, base, gradient, interpret):
 
     inputs = split.queries_last(split.addresses(base)), split.queries_last(split.sliced(gradient))
     output = split.run(step, inputs, split.words(value), rows, name="backward_weights", interpret=interpret)
-    output = output.reshape(split.batch * split.heads, split.slices, -1, rows, chunk).sum(1)
-    return jnp.moveaxis(output, 1, 2).reshape(len(output), rows, -1)[..., : split.queries]
+    columns = math.gcd(rows * chunk, 128)  # as an array lies in memory, whatever `chunk` is: it is large
+    output = output.reshape(split.batch * split.heads, split.slices, -1, columns).sum(1)
+    output = output.reshape(len(output), -1, rows, chunk).transpose(0, 2, 1, 3)
+    return output.reshape(len(output), rows, -1)[..., : split.queries]
 
 
 def scatter(split, base, share, gradient, interpret):
