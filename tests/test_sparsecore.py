@@ -64,14 +64,8 @@ def test_equals_reference(chip, size, planes, parts):
     """Gradients included, at pixel centres and borders too: the cell on the right and below counts."""
     with sparsecore_interpreter(hazard=True, **chip):
         value, locations, _ = problem(**{key: x for key, x in size.items() if key != "dtype"})
-        b, q, h, levels, p, _ = locations.shape
-        split = Split.of(
-            sparse_core(),
-            size.get("spatial_shapes", LEVELS),
-            value.shape,
-            (b * h, levels * p, q),
-            packed="dtype" in size,
-        )
+        value = jnp.asarray(value, size.get("dtype"))
+        split = Split.of(sparse_core(), size.get("spatial_shapes", LEVELS), value, locations)
         assert (split.planes, split.parts) == (planes, parts)
         result = results(interpreted, **size)
     dtype = size.get("dtype", jnp.float32)

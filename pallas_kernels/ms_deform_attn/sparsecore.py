@@ -53,10 +53,10 @@ def ms_deform_attn_sparsecore(
     Raises:
         ValueError: the device has no SparseCore, or not even one plane of `s` tokens fits a subcore's memory.
     """
-    core = sparse_core()
     shapes = tuple((height, width) for height, width in spatial_shapes)
-    base, share = corners(shapes, sampling_locations.astype(jnp.float32), attention_weights.astype(jnp.float32))
-    return jnp.asarray(attend(core, shapes, interpret, value, base, share), value.dtype)
+    split = Split.of(sparse_core(), shapes, value, sampling_locations)
+    base, share = corners(split, sampling_locations.astype(jnp.float32), attention_weights.astype(jnp.float32))
+    return jnp.asarray(attend(split, interpret, value, base, share), value.dtype)
 
 
 def sparse_core():
@@ -76,47 +76,45 @@ def sparse_core():
     return info.sparse_core
 
 
-def corners(
-    spatial_shapes: tuple[tuple[int, int], ...], locations: jax.Array, weights: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The upper left of the four pixels around each point, and the weights of the four; queries last.
+def corners(split: "Split", locations: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The upper left of the four pixels around each point, and the weights of the four.
 
     Returns:
-        int32 `[b * h, l * p, q]`, the pixel's token: one outside the map has the token that its row and column would
-        have, from `-1 - width` of the first level on. float32 `[b * h, l * p * 4, q]`, in row-major order, 0 outside.
+        int32 `[b, h, chunks, l * p, chunk]`, the pixel's address in a plane: one outside the map has the address that
+        its row and column would have. float32 `[b, h, chunks, l * p * 4, chunk]`, in row-major order, 0 outside.
     """
-    sizes = np.array([(width, height) for height, width in spatial_shapes], np.int32)[:, None, :, None]  # [l, 1, 2, 1]
-    start = np.cumsum([0, *(height * width for height, width in spatial_shapes[:-1])], dtype=np.int32)[:, None, None]
-    position = jnp.moveaxis(locations, 1, -1) * sizes - 0.5  # [b, h, l, p, 2, q]
+    shapes = split.spatial_shapes
+    sizes = np.array([(width, height) for height, width in shapes], np.int32)[:, None, :, None]  # [l, 1, 2, 1]
+    start = split.front + np.cumsum([0, *(height * width for height, width in shapes[:-1])], dtype=np.int32)
+    position = split.chunked(locations) * sizes - 0.5  # [b, h, chunks, l, p, 2, chunk]
     low = jnp.floor(position)
-    near = jnp.where((low >= 0) & (low < sizes), low + 1 - position, 0)
-    far = jnp.where((low >= -1) & (low < sizes - 1), position - low, 0)
     cell = jnp.clip(low.astype(jnp.int32), -1, sizes - 1)  # as integers: no NaN becomes an address
-    base = cell[..., 0, :] + cell[..., 1, :] * sizes[..., 0, :] + start
-    horizontal = jnp.stack([near[..., 0, :], far[..., 0, :]], -2)
-    vertical = jnp.moveaxis(weights, 1, -1)[..., None, :] * jnp.stack([near[..., 1, :], far[..., 1, :]], -2)
-    share = vertical[..., :, None, :] * horizontal[..., None, :, :]
-    b, h, levels, p, q = base.shape
-    return base.reshape(b * h, levels * p, q), share.reshape(b * h, levels * p * 4, q)
+    base = cell[..., 0, :] + cell[..., 1, :] * sizes[..., 0, :] + start[:, None, None]
+
+    # All four at a time, so that XLA makes one loop of it, [b, h, chunks, l, p, 4, chunk].
+    share = split.chunked(weights)[..., None, :]
+    for axis, far in enumerate(np.array([[0, 1, 0, 1], [0, 0, 1, 1]])[..., None]):
+        position_, low_, size = position[..., axis, None, :], low[..., axis, None, :], sizes[..., axis, None, :]
+        inside = (low_ + far >= 0) & (low_ + far < size)
+        share = share * jnp.where(inside, jnp.where(far == 1, position_ - low_, low_ + 1 - position_), 0)
+    b, h, n, levels, p, chunk = base.shape
+    return base.reshape(b, h, n, levels * p, chunk), share.reshape(b, h, n, levels * p * 4, chunk)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def attend(core, spatial_shapes, interpret, value, base, share) -> jax.Array:
-    """`[b, s, h, d]`, `[b * h, l * p, q]`, `[b * h, l * p * 4, q]` -> float32 `[b, q, h, d]`."""
-    split = Split.of(core, spatial_shapes, value.shape, base.shape, packed=value.dtype == jnp.bfloat16)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def attend(split, interpret, value, base, share) -> jax.Array:
+    """`[b, s, h, d]`, and what `corners` returns -> float32 `[b, q, h, d]`."""
     return gather(split, value, base, share, interpret)
 
 
-def _attend_backward(core, spatial_shapes, interpret, inputs, gradient):
+def _attend_backward(split, interpret, inputs, gradient):
     value, base, share = inputs
-    split = Split.of(core, spatial_shapes, value.shape, base.shape, packed=value.dtype == jnp.bfloat16)
     grad_share = gather_products(split, value, base, gradient, interpret)
-    split = Split.of(core, spatial_shapes, value.shape, base.shape, packed=False)
-    grad_value = scatter(split, base, share, gradient, interpret)
+    grad_value = scatter(split.exact(), base, share, gradient, interpret)
     return grad_value.astype(value.dtype), None, grad_share
 
 
-attend.defvjp(lambda *args: (attend(*args), args[3:]), _attend_backward)
+attend.defvjp(lambda *args: (attend(*args), args[2:]), _attend_backward)
 
 
 def gather(split, value, base, share, interpret):
@@ -142,15 +140,14 @@ def gather(split, value, base, share, interpret):
                     else:
                         plsc.addupdate(output.at[pl.ds(channel * chunk + query, lanes)], x)
 
-    inputs = split.queries_last(split.addresses(base)), split.queries_last(share)
-    output = split.run(step, inputs, split.words(value), channels, name="forward", interpret=interpret)
+    output = split.run(step, (base, share), split.words(value), channels, name="forward", interpret=interpret)
     output = output.reshape(split.batch, split.heads, split.slices, -1, channels, chunk)
     output = output.transpose(0, 3, 5, 1, 2, 4).reshape(split.batch, -1, split.heads, split.slices * channels)
     return output[:, : split.queries, :, : split.head_dim]
 
 
 def gather_products(split, value, base, gradient, interpret):
-    """The gradient of `share`, `[b * h, l * p * 4, q]`: pixels times the output's gradient, summed over channels."""
+    """The gradient of `share`: the pixels times the output's gradient, summed over channels."""
     lanes, chunk, rows = split.core.num_lanes, split.chunk, 4 * len(split.widths)
 
     def step(memory, base, gradient, output):
@@ -167,12 +164,11 @@ def gather_products(split, value, base, gradient, interpret):
                         total = functools.reduce(jnp.add, products)
                         output[pl.ds((4 * sample + corner) * chunk + query, lanes)] = total
 
-    inputs = split.queries_last(split.addresses(base)), split.queries_last(split.sliced(gradient))
+    inputs = base, split.sliced(gradient)
     output = split.run(step, inputs, split.words(value), rows, name="backward_weights", interpret=interpret)
-    columns = math.gcd(rows * chunk, 128)  # as an array lies in memory, whatever `chunk` is: it is large
-    output = output.reshape(split.batch * split.heads, split.slices, -1, columns).sum(1)
-    output = output.reshape(len(output), -1, rows, chunk).transpose(0, 2, 1, 3)
-    return output.reshape(len(output), rows, -1)[..., : split.queries]
+    columns = math.gcd(rows * chunk, 128)  # as the array, which is large, lies in memory
+    output = output.reshape(split.batch, split.heads, split.slices, -1, columns).sum(2)
+    return output.reshape(split.batch, split.heads, -1, rows, chunk)
 
 
 def scatter(split, base, share, gradient, interpret):
@@ -208,9 +204,9 @@ def scatter(split, base, share, gradient, interpret):
                     mask = inside & now if channels < points else inside
                     plsc.addupdate_scatter(memory, [address + x * split.plane], weight * factor, mask=mask)
 
-    base = jnp.pad(split.addresses(base), ((0, 0), (0, padding), (0, 0)))
-    share = jnp.pad(share, ((0, 0), (0, 4 * padding), (0, 0)))
-    inputs = split.queries_last(base), split.queries_first(share), split.queries_last(split.sliced(gradient))
+    base = jnp.pad(base, [*[(0, 0)] * 3, (0, padding), (0, 0)])
+    share = jnp.pad(share, [*[(0, 0)] * 3, (0, 4 * padding), (0, 0)])
+    inputs = base, jnp.swapaxes(share, -1, -2), split.sliced(gradient)
     output = split.run(step, inputs, None, 0, name="backward_values", interpret=interpret)
     output = output.reshape(split.batch, split.heads, split.slices, split.parts, channels, split.plane).sum(3)
     output = output.reshape(split.batch, split.heads, -1, split.plane)[:, :, : split.head_dim]
@@ -235,15 +231,15 @@ class Split:
     parts: int = 1  # tasks that share the queries
 
     @classmethod
-    def of(cls, core, spatial_shapes, value_shape, base_shape, packed) -> "Split":
+    def of(cls, core, spatial_shapes, value, locations) -> "Split":
         """As many planes as a subcore's memory holds, then chunks as long, then the parts that are done first."""
-        batch, _, heads, head_dim = value_shape
-        _, samples, queries = base_shape
-        points = samples // len(spatial_shapes)
+        batch, _, heads, head_dim = value.shape
+        queries, points = locations.shape[1], locations.shape[4]
+        packed = value.dtype == jnp.bfloat16
         split = cls(core, spatial_shapes, batch, heads, head_dim, points, queries, packed)
         for planes, chunk in itertools.product(PLANES, CHUNKS):
             split = dataclasses.replace(split, planes=planes, chunk=chunk)
-            oversized = planes >= 2 * -(-split.head_dim // (1 + packed)) or chunk >= max(2 * queries, 2 * CHUNKS[-1])
+            oversized = planes >= 2 * -(-head_dim // (1 + packed)) or chunk >= 2 * max(queries, CHUNKS[-1])
             if split.bytes <= core.vmem_capacity_bytes and not oversized:
                 break
         else:
@@ -252,13 +248,25 @@ class Split:
                 f"subcore's memory: {split.bytes} bytes, of {core.vmem_capacity_bytes}; use another implementation"
             )
         chunks = -(-queries // chunk)
-        slices, workers = batch * heads * split.slices, core.num_cores * core.num_subcores
-
-        def time(parts):  # in chunks; loading the planes takes about as long as one
-            return -(-slices * parts // workers) * (-(-chunks // parts) + 1)
-
-        parts = min(range(1, min(chunks, workers) + 1), key=time)
+        parts = min(range(1, min(chunks, split.workers) + 1), key=lambda parts: split.time(chunks, parts))
         return dataclasses.replace(split, chunks=-(-chunks // parts), parts=parts)
+
+    def exact(self) -> "Split":
+        """The same chunks, for planes in float32."""
+        split, chunks = dataclasses.replace(self, packed=False), self.parts * self.chunks
+        divisors = [parts for parts in range(1, chunks + 1) if chunks % parts == 0]
+        parts = min(divisors, key=lambda parts: split.time(chunks, parts))
+        return dataclasses.replace(split, chunks=chunks // parts, parts=parts)
+
+    def time(self, chunks: int, parts: int) -> int:
+        """In chunks; loading the planes takes about as long as one."""
+        rounds = -(-self.batch * self.heads * self.slices * parts // self.workers)
+        return rounds * (-(-chunks // parts) + 1)
+
+    @property
+    def workers(self) -> int:
+        """Vector subcores."""
+        return self.core.num_cores * self.core.num_subcores
 
     @property
     def tokens(self) -> int:
@@ -320,49 +328,38 @@ class Split:
         halves = [half for word in words for half in (word << 16, word & np.int32(-(1 << 16)))]
         return [jax.lax.bitcast_convert_type(half, jnp.float32) for half in halves]
 
-    def addresses(self, base: jax.Array) -> jax.Array:
-        """Of tokens within a plane."""
-        return base + self.front
+    def chunked(self, x: jax.Array) -> jax.Array:
+        """`[b, q, h, ...]` -> `[b, h, parts * chunks, ..., chunk]`, queries that are zero added at the end."""
+        chunks = self.parts * self.chunks
+        x = jnp.pad(x, [(0, 0), (0, chunks * self.chunk - self.queries), *[(0, 0)] * (x.ndim - 2)])
+        x = x.reshape(self.batch, chunks, self.chunk, *x.shape[2:])
+        return jnp.moveaxis(x, (3, 2), (1, -1))
 
     def sliced(self, gradient: jax.Array) -> jax.Array:
-        """`[b, q, h, d]` -> `[b * h * slices, channels, q]`."""
-        channels = (0, self.slices * self.channels - self.head_dim)
-        gradient = jnp.pad(gradient.transpose(0, 2, 3, 1), ((0, 0), (0, 0), channels, (0, 0)))
-        return gradient.reshape(-1, self.channels, self.queries)
-
-    def queries_last(self, x: jax.Array) -> jax.Array:
-        """`[n, rows, q]` -> `[n, parts * chunks, rows * chunk]`, the rows of each chunk one after another."""
-        n, rows, _ = x.shape
-        x = self.padded(x).reshape(n, rows, -1, self.chunk)
-        return x.transpose(0, 2, 1, 3).reshape(n, -1, rows * self.chunk)
-
-    def queries_first(self, x: jax.Array) -> jax.Array:
-        """`[n, rows, q]` -> `[n, parts * chunks, chunk * rows]`, the queries of each chunk one after another."""
-        n, rows, _ = x.shape
-        return self.padded(x).transpose(0, 2, 1).reshape(n, -1, self.chunk * rows)
-
-    def padded(self, x: jax.Array) -> jax.Array:
-        """With queries added at the end, up to whole chunks, whose weights are zero."""
-        return jnp.pad(x, ((0, 0), (0, 0), (0, self.parts * self.chunks * self.chunk - self.queries)))
+        """`[b, q, h, d]` -> `[b, h, slices, parts * chunks, channels, chunk]`."""
+        channels = self.slices * self.channels
+        gradient = self.chunked(jnp.pad(gradient, [*[(0, 0)] * 3, (0, channels - self.head_dim)]))
+        gradient = gradient.reshape(*gradient.shape[:3], self.slices, self.channels, self.chunk)
+        return jnp.moveaxis(gradient, 3, 2)
 
     def run(self, step: Callable, inputs, words, out_rows: int, *, name: str, interpret: bool) -> jax.Array:
         """Runs `step(memory, *input chunks, output chunk)` for every chunk of every task.
 
         Args:
             step: fills the output chunk; or, where `words` is None, adds to the memory, float32 `[planes * plane]`.
-            inputs: `[n, parts * chunks, words of a chunk]`, where `n` is `b * h` or `b * h * slices`.
+            inputs: `[b, h, (slices,) parts * chunks, rows, columns]`, the last two being a chunk.
             words: what the memory holds, `[b * h * slices, planes * plane]`.
             out_rows: words of the output for each query.
             name: of the kernel.
             interpret: see `ms_deform_attn_sparsecore`.
 
         Returns:
-            Float32, flat: of `[b * h * slices, parts * chunks, out_rows, chunk]`, or of the memory of every task,
-            `[b * h * slices, parts, planes * plane]`.
+            Float32, flat: `[b, h, slices, parts * chunks, out_rows, chunk]`; where `words` is None, the memory of
+            every task, `[b, h, slices, parts, planes * plane]`.
         """
         core, size = self.core, self.planes * self.plane
         slices = self.batch * self.heads * self.slices
-        tasks, workers = slices * self.parts, core.num_cores * core.num_subcores
+        tasks = slices * self.parts
         adds = words is None
         operands = inputs if adds else [words, *inputs]
 
@@ -373,14 +370,15 @@ class Split:
             def planes(array, index):
                 return array.at[pl.ds(pl.multiple_of(index * size, 128), size)]
 
-            @pl.loop(worker, tasks, step=workers)
+            @pl.loop(worker, tasks, step=self.workers)
             def _(task):
                 channels, part = task // self.parts, task % self.parts
 
-                def chunks(n, words):
-                    """The task's chunks in an array of `b * h` or `b * h * slices` tables."""
-                    first = (channels // (slices // n) * self.parts + part) * self.chunks
-                    return pl.BlockSpec((words,), lambda i: (first + i,))
+                def chunks(shape):
+                    """The task's chunks in a flat array of `[b, h, (slices,) parts * chunks, rows, columns]`."""
+                    table = channels // (slices // math.prod(shape[:-3]))
+                    first = (table * self.parts + part) * self.chunks
+                    return pl.BlockSpec((math.prod(shape[-2:]),), lambda i: (first + i,))
 
                 if adds:
 
@@ -392,8 +390,8 @@ class Split:
                 stream = pltpu.emit_pipeline(
                     functools.partial(step, memory),
                     grid=(self.chunks,),
-                    in_specs=[chunks(len(x), x.shape[-1]) for x in inputs],
-                    out_specs=[] if adds else [chunks(slices, out_rows * self.chunk)],
+                    in_specs=[chunks(x.shape) for x in inputs],
+                    out_specs=[] if adds else [chunks((slices, tasks, out_rows, self.chunk))],
                 )
                 if adds:
                     stream(*arrays)
