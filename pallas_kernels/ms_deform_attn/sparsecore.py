@@ -81,24 +81,27 @@ def corners(split: "Split", locations: jax.Array, weights: jax.Array) -> tuple[j
 
     Returns:
         int32 `[b, h, chunks, l * p, chunk]`, the pixel's address in a plane: one outside the map has the address that
-        its row and column would have. float32 `[b, h, chunks, l * p * 4, chunk]`, in row-major order, 0 outside.
+        its row and column would have. float32 `[b, h, chunks, 4 * l * p, chunk]`: all upper left ones, all upper right
+        ones, all lower left ones, all lower right ones; 0 outside.
     """
-    shapes = split.spatial_shapes
-    sizes = np.array([(width, height) for height, width in shapes], np.int32)[:, None, :, None]  # [l, 1, 2, 1]
-    start = split.front + np.cumsum([0, *(height * width for height, width in shapes[:-1])], dtype=np.int32)
-    position = split.chunked(locations) * sizes - 0.5  # [b, h, chunks, l, p, 2, chunk]
-    low = jnp.floor(position)
-    cell = jnp.clip(low.astype(jnp.int32), -1, sizes - 1)  # as integers: no NaN becomes an address
-    base = cell[..., 0, :] + cell[..., 1, :] * sizes[..., 0, :] + start[:, None, None]
+    tokens = [height * width for height, width in split.spatial_shapes]
+    start = split.front + np.cumsum([0, *tokens[:-1]], dtype=np.int32)
+    height, width, start = (
+        np.repeat(x, split.points)[:, None] for x in (*np.array(split.spatial_shapes, np.int32).T, start)
+    )
 
-    # All four at a time, so that XLA makes one loop of it, [b, h, chunks, l, p, 4, chunk].
-    share = split.chunked(weights)[..., None, :]
-    for axis, far in enumerate(np.array([[0, 1, 0, 1], [0, 0, 1, 1]])[..., None]):
-        position_, low_, size = position[..., axis, None, :], low[..., axis, None, :], sizes[..., axis, None, :]
-        inside = (low_ + far >= 0) & (low_ + far < size)
-        share = share * jnp.where(inside, jnp.where(far == 1, position_ - low_, low_ + 1 - position_), 0)
-    b, h, n, levels, p, chunk = base.shape
-    return base.reshape(b, h, n, levels * p, chunk), share.reshape(b, h, n, levels * p * 4, chunk)
+    def along(axis, size):
+        """The pixel before each point in one direction, its weight, the next one's: `[b, h, chunks, l * p, chunk]`."""
+        position = split.chunked(locations[..., axis]) * size - 0.5
+        low = jnp.floor(position)
+        near = jnp.where((low >= 0) & (low < size), low + 1 - position, 0)
+        far = jnp.where((low >= -1) & (low < size - 1), position - low, 0)
+        return jnp.clip(low.astype(jnp.int32), -1, size - 1), near, far  # as integers: no NaN becomes an address
+
+    column, left, right = along(0, width)
+    row, upper, lower = along(1, height)
+    upper, lower = (split.chunked(weights) * x for x in (upper, lower))
+    return start + row * width + column, jnp.concatenate([upper * left, upper * right, lower * left, lower * right], -2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -131,7 +134,7 @@ def gather(split, value, base, share, interpret):
                 for sample, width in group:
                     address = base[pl.ds(sample * chunk + query, lanes)]
                     for corner, offset in enumerate((0, 1, width, width + 1)):
-                        factor = share[pl.ds((4 * sample + corner) * chunk + query, lanes)]
+                        factor = share[pl.ds((corner * len(split.widths) + sample) * chunk + query, lanes)]
                         pixel = split.read(memory, address + offset)
                         total = [x + factor * y for x, y in zip(total, pixel, strict=True)]
                 for channel, x in enumerate(total):
@@ -162,7 +165,7 @@ def gather_products(split, value, base, gradient, interpret):
                         pixel = split.read(memory, address + offset)
                         products = [x * y for x, y in zip(factors, pixel, strict=True)]
                         total = functools.reduce(jnp.add, products)
-                        output[pl.ds((4 * sample + corner) * chunk + query, lanes)] = total
+                        output[pl.ds((corner * len(split.widths) + sample) * chunk + query, lanes)] = total
 
     inputs = base, split.sliced(gradient)
     output = split.run(step, inputs, split.words(value), rows, name="backward_weights", interpret=interpret)
@@ -205,8 +208,10 @@ def scatter(split, base, share, gradient, interpret):
                     plsc.addupdate_scatter(memory, [address + x * split.plane], weight * factor, mask=mask)
 
     base = jnp.pad(base, [*[(0, 0)] * 3, (0, padding), (0, 0)])
-    share = jnp.pad(share, [*[(0, 0)] * 3, (0, 4 * padding), (0, 0)])
-    inputs = base, jnp.swapaxes(share, -1, -2), split.sliced(gradient)
+    share = share.reshape(*share.shape[:3], 4, len(split.widths), chunk)
+    share = jnp.pad(share, [*[(0, 0)] * 4, (0, padding), (0, 0)])
+    share = jnp.moveaxis(share, (-1, -2), (3, 4)).reshape(*share.shape[:3], chunk, 4 * len(widths))
+    inputs = base, share, split.sliced(gradient)
     output = split.run(step, inputs, None, 0, name="backward_values", interpret=interpret)
     output = output.reshape(split.batch, split.heads, split.slices, split.parts, channels, split.plane).sum(3)
     output = output.reshape(split.batch, split.heads, -1, split.plane)[:, :, : split.head_dim]
@@ -329,11 +334,11 @@ class Split:
         return [jax.lax.bitcast_convert_type(half, jnp.float32) for half in halves]
 
     def chunked(self, x: jax.Array) -> jax.Array:
-        """`[b, q, h, ...]` -> `[b, h, parts * chunks, ..., chunk]`, queries that are zero added at the end."""
+        """`[b, q, h, ...]` -> `[b, h, parts * chunks, rows, chunk]`, queries that are zero added at the end."""
         chunks = self.parts * self.chunks
-        x = jnp.pad(x, [(0, 0), (0, chunks * self.chunk - self.queries), *[(0, 0)] * (x.ndim - 2)])
-        x = x.reshape(self.batch, chunks, self.chunk, *x.shape[2:])
-        return jnp.moveaxis(x, (3, 2), (1, -1))
+        x = x.reshape(self.batch, self.queries, self.heads, -1)
+        x = jnp.pad(x, [(0, 0), (0, chunks * self.chunk - self.queries), (0, 0), (0, 0)])
+        return x.reshape(self.batch, chunks, self.chunk, self.heads, -1).transpose(0, 3, 1, 4, 2)
 
     def sliced(self, gradient: jax.Array) -> jax.Array:
         """`[b, q, h, d]` -> `[b, h, slices, parts * chunks, channels, chunk]`."""
