@@ -2,6 +2,8 @@
 
 import os
 import re
+import runpy
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +102,17 @@ def test_hazard_model(hazard):
     np.testing.assert_array_equal(total, expected)
 
 
+@pytest.mark.parametrize("hazard", [False, True])
+def test_benchmark_finds_lost_updates(hazard, capsys):
+    """The probe that asks a real TPU."""
+    benchmark = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "sparsecore.py"))
+    with sparsecore_interpreter(cores=1, subcores=1, hazard=hazard):
+        benchmark["duplicates"](interpret=True)
+    lanes, following = capsys.readouterr().out.splitlines()
+    assert ("LOSE UPDATES" if hazard else "add up") in lanes
+    assert "follow each other at one address add up: 25600 of 25600" in following
+
+
 def test_errors():
     value, locations, weights = problem()
     inputs = (value, LEVELS, locations, weights)
@@ -175,11 +188,11 @@ def test_runs_beside_the_tensorcore(device):
     """Matrix products that do not need the kernel's output are scheduled between its start and its end."""
 
     def attend_and_multiply(value, locations, weights, x, matrix):
-        for _ in range(4):
+        for _ in range(12):
             x = jax.nn.relu(x @ matrix)
         return attend(value, locations, weights), x
 
-    lines = schedule(attend_and_multiply, device, jnp.float32, (8192, 4096), (4096, 4096))
+    lines = schedule(attend_and_multiply, device, jnp.float32, (SHAPES["encoder_800x1333"].tokens, 256), (256, 256))
     (start,) = starts(lines, "ms_deform_attn_forward")
     (end,) = [i for i, line in enumerate(lines) if re.search(r" %\S*ms_deform_attn_forward\S* = .* call-done\(", line)]
-    assert sum("dot_general" in line for line in lines[start:end]) >= 3
+    assert sum("dot_general" in line for line in lines[start:end]) >= 6
