@@ -57,10 +57,10 @@ def interpreted(*inputs):
         ({"lanes": 16}, {}, 4, 1),
         ({"memory": 13500}, {"dtype": jnp.bfloat16}, 2, 1),
         ({"memory": 15500, "lanes": 16}, {"p": 5, "h": 1, "d": 3}, 1, 1),
-        ({"subcores": 4}, {"b": 1, "q": 150, "h": 1, "d": 2, "spatial_shapes": ((1, 1),)}, 2, 2),
+        ({"subcores": 4}, {"b": 1, "q": 150, "h": 1, "d": 2, "spatial_shapes": ((1, 1), (2, 9))}, 2, 2),
         ({}, {"b": 1, "q": 1, "h": 1, "d": 1, "spatial_shapes": ((4, 6),), "p": 1}, 1, 1),
     ],
-    ids=["16 lanes", "bfloat16, 8 lanes", "one plane", "one pixel, shared queries", "one query"],
+    ids=["16 lanes", "bfloat16, 8 lanes", "one plane", "from one pixel on, shared queries", "one query"],
 )
 def test_equals_reference(chip, size, planes, parts):
     """Gradients included, at pixel centres and borders too: the cell on the right and below counts."""

@@ -279,13 +279,13 @@ class Split:
 
     @property
     def front(self) -> int:
-        """Words before the first token, for what lies above and left of the first level."""
-        return self.spatial_shapes[0][1] + 1
+        """Words before the first token, and after the last one, for addresses of pixels outside a level."""
+        return max(width for _, width in self.spatial_shapes) + 1
 
     @property
     def plane(self) -> int:
-        """Words of a plane, with what lies below and right of the last level; 128 words are aligned for every copy."""
-        return -(-(self.front + self.tokens + self.spatial_shapes[-1][1] + 1) // 128) * 128
+        """Words of a plane; those of 128 words are aligned for every copy."""
+        return -(-(self.tokens + 2 * self.front) // 128) * 128
 
     @property
     def channels(self) -> int:
