@@ -3,11 +3,13 @@
 import functools
 import itertools
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sparsecore_interpreter import sparsecore_interpreter
 
 from pallas_kernels.ms_deform_attn import IMPLEMENTATIONS, block_order, ms_deform_attn, tensorcore
 from pallas_kernels.ms_deform_attn.shapes import SHAPES, SMALL
@@ -19,8 +21,16 @@ KERNELS = [name for name in IMPLEMENTATIONS if name != "reference"]
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request) -> str:
-    return request.param
+def implementation(request, monkeypatch) -> Iterator[str]:
+    """Each implementation; what is made for another platform is interpreted."""
+    if request.param != "sparsecore":
+        yield request.param
+        return
+    monkeypatch.setitem(
+        IMPLEMENTATIONS, request.param, functools.partial(IMPLEMENTATIONS[request.param], interpret=True)
+    )
+    with sparsecore_interpreter(hazard=True):
+        yield request.param
 
 
 def attend(value, spatial_shapes, locations, weights, implementation="reference", **options):
