@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from detr_jax.models.layers import Dropout, linear
+from detr_jax.models.layers import Dropout, capture, linear
 from pallas_kernels import ms_deform_attn
 
 
@@ -36,7 +36,9 @@ class MultiHeadAttention(nnx.Module):
         logits = jnp.einsum("bqhd,bshd->bhqs", query * query.shape[-1] ** -0.5, key).astype(jnp.float32)
         if key_valid is not None:
             logits = jnp.where(key_valid[:, None, None], logits, jnp.finfo(jnp.float32).min)
-        weights = self.dropout(jax.nn.softmax(logits), rngs).astype(value.dtype)
+        weights = jax.nn.softmax(logits)
+        capture(self, "attention_weights", weights)  # [b, h, q, s]
+        weights = self.dropout(weights, rngs).astype(value.dtype)
         output = jnp.einsum("bhqs,bshd->bqhd", weights, value)
         return self.out(output.reshape(*output.shape[:2], -1))
 
@@ -102,6 +104,9 @@ class MSDeformAttn(nnx.Module):
             locations = reference + offsets / jnp.array([(w, h) for h, w in spatial_shapes], jnp.float32)[:, None]
         else:
             locations = reference[..., :2] + offsets / self.num_points * reference[..., 2:] * 0.5
+        capture(self, "reference_points", reference_points)
+        capture(self, "sampling_locations", locations)  # [b, q, h, l, p, 2] (x, y) in 0-1 of each level's map
+        capture(self, "attention_weights", weights)  # [b, q, h, l, p]
         output = ms_deform_attn(value, spatial_shapes, locations, weights, implementation=self.implementation)
         return self.output_proj(output.reshape(b, q, -1))
 
