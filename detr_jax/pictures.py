@@ -1,24 +1,18 @@
-"""Pictures of what a detector does: boxes on photos, ground truth beside detections, curves of a run."""
+"""Pictures of the photo's own size, by Pillow: boxes with captions, ground truth beside detections."""
 
 import colorsys
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
-
-from detr_jax.metrics import read_metrics
 
 Color = tuple[int, int, int]
 Rectangle = tuple[float, float, float, float]
 
-_CURVES = ("train/loss", "train/loss_ce", "train/loss_bbox", "train/loss_giou", "val/AP", "val/AP50")
 _INK, _PAPER = (28, 28, 28), (255, 255, 255)
 
 
@@ -143,59 +137,6 @@ def contact_sheet(pictures: Sequence[Image.Image], *, columns: int = 2, width: i
             sheet.paste(picture, (gap + column * (width + gap), top))
         top += height + gap
     return sheet
-
-
-def plot_curves(
-    runs: str | Path | Mapping[str, str | Path],
-    *,
-    x: Literal["step", "epoch", "hours"] = "step",
-    curves: Sequence[str] = _CURVES,
-) -> Figure:
-    """Loss terms and AP of a run, or of several, one panel each.
-
-    Args:
-        runs: a `metrics.jsonl`, or several by the names that the legend shows.
-        x: the horizontal axis.
-        curves: names in `metrics.jsonl`; what no run reported gets no panel.
-
-    Returns:
-        A figure; `figure.savefig(path)` writes it.
-
-    Raises:
-        ValueError: no run reported any of the curves.
-    """
-    files = dict(runs) if isinstance(runs, Mapping) else {"": runs}
-    records = {name: read_metrics(path) for name, path in files.items()}
-    present = [curve for curve in curves if any(curve in record for run in records.values() for record in run)]
-    if not present:
-        raise ValueError(f"{', '.join(map(str, files.values()))}: none of {', '.join(curves)} was reported")
-    columns = min(len(present), 3)
-    rows = -(-len(present) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.1 * rows), layout="constrained", dpi=120)
-    FigureCanvasAgg(figure)
-    for panel, curve in enumerate(present, 1):
-        axes = figure.add_subplot(rows, columns, panel)
-        for name, run in records.items():
-            points = [
-                (record[x], math.nan if record[curve] is None else record[curve]) for record in run if curve in record
-            ]
-            few = len(points) < 40
-            axes.plot(*np.array(points, float).reshape(-1, 2).T, marker="." if few else None, linewidth=1.5, label=name)
-        scores = curve.startswith("val/")
-        axes.set_title(curve.removeprefix("train/").removeprefix("val/"), fontsize=11)
-        if scores:
-            best = max(
-                (r[curve] for run in records.values() for r in run if r.get(curve) is not None), default=math.nan
-            )
-            axes.set_title(f"best {best:.3f}", fontsize=9, loc="right", color="0.35")
-        axes.set_ylim(bottom=0, top=None)
-        axes.set_xlabel({"step": "training step", "epoch": "epoch", "hours": "hours"}[x], fontsize=9)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        if len(records) > 1 and panel == 1:
-            axes.legend(fontsize=8, frameon=False)
-    return figure
 
 
 def _rgb(image: Image.Image | np.ndarray) -> Image.Image:
