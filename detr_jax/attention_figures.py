@@ -70,7 +70,7 @@ def sampling_figure(
     heading = seen.caption(query) + _what(sampling, by, layer, head, level)
     sheet = Sheet([heading], windows, len(windows) if len(windows) <= 3 else -(-len(windows) // 2))
     top = _top(sampling.weights[c.layer, query, c.heads, c.levels] for c in choices)
-    color = color_of(seen.labels[query])
+    color = color_of(int(seen.labels[query]))
     for axes, window, title, choice in zip(sheet.panels[0], windows, titles, choices, strict=True):
         show_photo(axes, seen.photo, window, title)
         _reference(axes, sampling.references[choice.layer, query])
@@ -178,7 +178,7 @@ def attention_figure(
             show_photo(axes, one.photo, whole(one.photo), one.caption(query), gray=heat)
             if isinstance(attention, Maps):
                 _heat(axes, attention, query, choice)
-            add_box(axes, one.boxes_xyxy[choice.layer, query], color_of(one.labels[query]))
+            add_box(axes, one.boxes_xyxy[choice.layer, query], color_of(int(one.labels[query])))
             if isinstance(attention, Sampling):
                 _scatter(axes, attention, query, choice, top, small=True)
                 add_cross(axes, *attention.references[choice.layer, query, :2])
@@ -305,7 +305,7 @@ def _scatter(axes: Axes, sampling: Sampling, row: int, choice: _Choice, top: flo
             vmin=0,
             vmax=top,
             marker=LEVEL_MARKERS[(first + i) % len(LEVEL_MARKERS)],
-            s=_SIZES[(first + i) % len(_SIZES)] * (0.35 if small else 1.4),
+            s=_SIZES[(first + i) % len(_SIZES)] * (0.28 if small else 1.4),
             linewidths=0.3 if small else 0.6,
             edgecolors="black",
             zorder=4,
@@ -331,7 +331,7 @@ def _explain(
     sheet: Sheet, block: int, sampling: Sampling, choices: Sequence[_Choice], top: float, *, box_color=None
 ) -> None:
     """Colour bar, and a legend of markers."""
-    sheet.colorbar(block, Normalize(0, top), POINTS, "attention weight (a head's sum to 1)", extend="max")
+    sheet.colorbar(block, Normalize(0, top), POINTS, "attention weight\n(a head's sum to 1)", extend="max")
     levels = sampling.weights.shape[3]
     style = {"linestyle": "none", "markersize": 7, "markeredgecolor": "black", "markerfacecolor": "0.8"}
     handles = [
@@ -364,9 +364,8 @@ def _smooth(values: np.ndarray, side: int) -> np.ndarray:
         padded = np.pad(values, [(side + 1, side) if i == axis else (0, 0) for i in (0, 1)], mode="edge")
         sums = np.cumsum(padded, axis, dtype=np.float64)
         width = 2 * side + 1
-        values = (
-            np.take(sums, range(width, sums.shape[axis]), axis) - np.take(sums, range(sums.shape[axis] - width), axis)
-        ) / width
+        lower = np.take(sums, range(sums.shape[axis] - width), axis)
+        values = (np.take(sums, range(width, sums.shape[axis]), axis) - lower) / width
     return values
 
 

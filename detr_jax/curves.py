@@ -56,7 +56,7 @@ def plot_curves(
         if scores:
             best = np.nanmax([math.nan, *(_number(r[curve]) for run in records.values() for r in run if curve in r)])
             axes.set_title(f"best {best:.3f}", fontsize=9, loc="right", color="0.35")
-        axes.set_ylim(bottom=0, top=None)
+        axes.set_ylim(bottom=0, top=axes.dataLim.y1 * 1.08 if axes.dataLim.y1 > 0 else None)
         axes.set_xlabel({"step": "training step", "epoch": "epoch", "hours": "hours"}[x], fontsize=9)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)

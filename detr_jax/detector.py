@@ -7,7 +7,7 @@ detections.draw().save("boxes.jpg")
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -213,7 +213,7 @@ class Detector:
 
     def __init__(self, loaded: Loaded, *, scale: int | None = None, max_size: int | None = None, batch_size: int = 1):
         self.config, self.categories, self.report = loaded.config, loaded.categories, loaded.report
-        self.classification = loaded.classification
+        self.classification: Literal["focal", "softmax"] = loaded.classification
         self.scale, self.max_size, self.batch_size = scale or loaded.scale, max_size or loaded.max_size, batch_size
         if self.scale > self.max_size or self.batch_size < 1:
             raise ValueError(
@@ -274,7 +274,7 @@ class Detector:
             return next(iter(self.detect([photos], threshold)))
         return list(self.detect(photos, threshold))
 
-    def detect(self, photos: Sequence[Photo], threshold: float = 0.5) -> Iterator[Detections]:
+    def detect(self, photos: Iterable[Photo], threshold: float = 0.5) -> Iterator[Detections]:
         """As calling it with a list, but photo after photo, in order, in batches of consecutive ones of a canvas."""
         batch: list[tuple[Image.Image, np.ndarray]] = []
         canvas = -1

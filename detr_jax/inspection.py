@@ -57,6 +57,8 @@ class Proposals:
     """int32 [q]: the token that each query comes from."""
     shapes: tuple[tuple[int, int], ...]
     """(height, width) of each level's map, padding included."""
+    cells: np.ndarray
+    """float32 [l, 2]: (width, height) of each level's cells, pixels of the photo."""
 
     @property
     def levels(self) -> np.ndarray:
@@ -110,7 +112,7 @@ class Inspection:
     @property
     def boxes_xyxy(self) -> np.ndarray:
         """float32 [layers, q, 4], pixels of the photo; they may reach beyond it."""
-        return np.asarray(cxcywh_to_xyxy(self.boxes_cxcywh)) * np.array([*self.photo.size] * 2, np.float32)
+        return _pixels(self.boxes_cxcywh, np.array(self.photo.size, np.float32))
 
     def best(self, number: int = 1, *, threshold: float = 0.0) -> list[int]:
         """The queries of the highest scores, best first; at most `number`, none below `threshold`."""
@@ -196,8 +198,8 @@ class Inspector:
                 raise ValueError(f"point ({x:g}, {y:g}) is outside the photo, which has {image.width} x {image.height}")
         places = np.array(points, np.float32).reshape(-1, 2)
         pixels, sizes = self.detector.prepare(image)
-        outputs, found = jax.device_get(self._look(self._state, pixels, sizes, places / np.float32(image.size)))
         size = np.array(image.size, np.float32)
+        outputs, found = jax.device_get(self._look(self._state, pixels, sizes, places / size))
         if isinstance(config, DETRConfig):
             stride = 16 if config.backbone.dilation else 32
             cell = (stride * size[0] / sizes[0, 1], stride * size[1] / sizes[0, 0])
@@ -207,11 +209,11 @@ class Inspector:
         assert decoder is not None
         proposals = None
         if "proposals" in found:
-            boxes, logits, chosen, shapes = found["proposals"]
+            boxes, logits, chosen, filled = found["proposals"]
             usable = (boxes < 1).any(-1, keepdims=True)  # the model puts (1, 1, 1, 1) where there is none
-            boxes = np.asarray(cxcywh_to_xyxy(np.where(usable, boxes, np.nan))) * np.tile(size, 2)
-            scores = np.asarray(jax.nn.sigmoid(logits))
-            proposals = Proposals(boxes, scores, chosen, tuple((int(h), int(w)) for h, w in shapes))
+            boxes, scores = _pixels(np.where(usable, boxes, np.nan), size), np.asarray(jax.nn.sigmoid(logits))
+            shapes = tuple(valid.shape for valid in found["valid_maps"])
+            proposals = Proposals(boxes, np.where(usable[:, 0], scores, 0), chosen, shapes, size / filled)
         return Inspection(
             photo=image,
             categories=self.detector.categories,
@@ -249,14 +251,14 @@ def _first_image(outputs: dict[str, Any], captured: dict[str, Any], points: jax.
         for name in ("pred_logits", "pred_boxes")
     }
     valid_maps = [valid[0] for valid in captured["valid_maps"]]
-    tokens, start = [], 0
+    tokens, start, all_filled = [], 0, []
     for valid in valid_maps:  # levels one after another, row by row
         filled = jnp.stack([valid[0].sum(), valid[:, 0].sum()])  # (x, y): cells that the image fills
         x, y = jnp.clip(jnp.floor(points * filled), 0, filled - 1).astype(jnp.int32).T
         tokens.append(start + y * valid.shape[1] + x)
         start += valid.size
+        all_filled.append(filled)
     tokens = jnp.stack(tokens, 1).reshape(-1)
-    ratios = captured.get("valid_ratios")
 
     def attention(layer, rows):
         weights = layer["attention_weights"][0]
@@ -264,26 +266,31 @@ def _first_image(outputs: dict[str, Any], captured: dict[str, Any], points: jax.
             h, w = valid_maps[0].shape
             weights = jnp.swapaxes(weights, 0, 1)[rows]
             return {"weights": weights.reshape(*weights.shape[:2], h, w), "valid": valid_maps[0]}
-        # 0-1 of each level's map -> 0-1 of the image.
-        locations = layer["sampling_locations"][0][rows] / ratios[0][:, None]
+        ratios = captured["valid_ratios"][0]  # 0-1 of the image -> 0-1 of each level's map
+        locations = layer["sampling_locations"][0][rows] / ratios[:, None]
         reference = layer["reference_points"][0][rows]
-        reference /= jnp.tile(ratios[0], reference.shape[-1] // 2)
+        reference /= jnp.tile(ratios, reference.shape[-1] // 2)
         return {"weights": weights[rows], "locations": locations, "reference": reference[:, 0]}
 
     def all_layers(part, name, rows):
         found = captured.get(part, {})
         return [attention(found[i][name], rows) for i in sorted(found)]
 
-    found = {
+    found: dict[str, Any] = {
+        "valid_maps": valid_maps,
         "decoder": all_layers("decoder", "cross_attn", slice(None)),
         "encoder": all_layers("encoder", "self_attn", tokens),
     }
     if "proposals" in captured:
         encoder = outputs["enc_outputs"]
-        shapes = [valid.shape for valid in valid_maps]
         top = captured["proposals"]["top_tokens"][0]
-        found["proposals"] = (encoder["pred_boxes"][0], encoder["pred_logits"][0, :, 0], top, shapes)
+        found["proposals"] = (encoder["pred_boxes"][0], encoder["pred_logits"][0, :, 0], top, jnp.stack(all_filled))
     return layers, found
+
+
+def _pixels(boxes_cxcywh: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """Boxes in 0-1 of a photo as xyxy in its pixels; `size` is (w, h)."""
+    return np.asarray(cxcywh_to_xyxy(jnp.asarray(boxes_cxcywh))) * np.tile(size, 2)
 
 
 def _sampling(layers: list[dict[str, np.ndarray]], size: np.ndarray) -> Sampling | None:
