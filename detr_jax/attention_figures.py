@@ -292,6 +292,8 @@ def _scatter(axes: Axes, sampling: Sampling, row: int, choice: _Choice, top: flo
     """Sampling points, the heaviest on top."""
     locations = sampling.locations[choice.layer, row, choice.heads, choice.levels]  # [h, l, p, 2]
     weights = sampling.weights[choice.layer, row, choice.heads, choice.levels]
+    inches = axes.get_position().width * axes.get_figure(root=True).get_figwidth()
+    scale = 0.14 * inches if small else 1.4
     first = choice.levels.start or 0
     for i in range(weights.shape[1]):
         x, y = locations[:, i].reshape(-1, 2).T
@@ -305,7 +307,7 @@ def _scatter(axes: Axes, sampling: Sampling, row: int, choice: _Choice, top: flo
             vmin=0,
             vmax=top,
             marker=LEVEL_MARKERS[(first + i) % len(LEVEL_MARKERS)],
-            s=_SIZES[(first + i) % len(_SIZES)] * (0.28 if small else 1.4),
+            s=_SIZES[(first + i) % len(_SIZES)] * scale,
             linewidths=0.3 if small else 0.6,
             edgecolors="black",
             zorder=4,

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from detr_jax.data.coco import CocoIndex
 from detr_jax.errors import Error, photo
 from detr_jax.evaluation import Scores
-from detr_jax.panels import INK, Sheet, add_box, color_of, line, show_photo
+from detr_jax.panels import INK, Sheet, add_box, add_note, color_of, line, show_photo
 from detr_jax.prediction_figures import square
 
 
@@ -59,10 +59,10 @@ def confusion_figure(counts: np.ndarray, names: Sequence[str], scores: Scores, *
         number: classes to show; of more, those with the most errors.
     """
     wrong = (counts.sum(0) + counts.sum(1) - 2 * np.diag(counts))[:-1]
-    kept = np.sort(np.argsort(-wrong, kind="stable")[:number])
+    kept: list[int] = np.sort(np.argsort(-wrong, kind="stable")[:number]).tolist()
     matrix = counts[np.ix_([*kept, len(names)], [*kept, len(names)])]
     shares = matrix / np.maximum(counts[[*kept, len(names)]].sum(1, keepdims=True), 1)
-    labels = [names[i] for i in kept.tolist()]
+    labels = [names[i] for i in kept]
     side = 2.6 + 0.45 * len(labels)
     figure = Figure(figsize=(1.6 * side + 2.6, side + 0.4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -108,7 +108,7 @@ def _show(axes: Axes, error: Error, index: CocoIndex) -> None:
             title = f"{what} {error.score:.2f}: is {names[error.other_label]}"
     file = index.name(error.image).rsplit("/", 1)[-1]
     show_photo(axes, image, square(_around(error), image.size, 1.8), title)
-    axes.set_xlabel(f"{file}, cost {error.cost:.1f}", fontsize=7.5, color=INK, labelpad=2)
+    add_note(axes, f"{file}\ncost {error.cost:.1f}")
     detection, truth = error.box_xyxy, error.other_xyxy
     if error.kind == "miss":
         detection, truth = truth, detection

@@ -23,7 +23,7 @@ Window = tuple[float, float, float, float]
 INK = "0.15"
 HEAT: Colormap = matplotlib.colormaps["inferno"]
 HEAT_OVER_PHOTO = LinearSegmentedColormap.from_list(
-    "heat over photo", [(*HEAT(x)[:3], min(1.0, 1.6 * x)) for x in np.linspace(0, 1, 64)]
+    "heat over photo", [(*HEAT(x)[:3], min(0.9, 1.6 * x)) for x in np.linspace(0, 1, 64)]
 )
 """`HEAT`, transparent where it is low."""
 
@@ -160,6 +160,12 @@ def add_text(axes: Axes, x: float, y: float, text: str, *, color: object = "whit
     axes.text(
         *(x, y, text), color=color, fontsize=size, ha="center", va="center", path_effects=halo, zorder=6, clip_on=True
     )
+
+
+def add_note(axes: Axes, text: str) -> None:
+    """Small letters in the lower left corner of a panel."""
+    halo = [patheffects.withStroke(linewidth=2, foreground="white")]
+    axes.text(0.02, 0.02, text, transform=axes.transAxes, fontsize=7, color=INK, path_effects=halo, zorder=6)
 
 
 def line(label: str, color, *, dashed: bool = False) -> Line2D:
