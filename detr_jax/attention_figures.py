@@ -104,7 +104,9 @@ def encoder_figure(
     rows = [seen] if isinstance(seen, Inspection) else list(seen)
     for one in rows:
         if one.encoder is None:
-            raise ValueError("no points were inspected: call Inspector(detector)(photo, points=[(x, y), ...])")
+            raise ValueError(
+                "no points, or no encoder to inspect: call Inspector(detector)(photo, points=[(x, y), ...])"
+            )
     points = rows[0].points
     headings = []
     for one in rows:
@@ -292,7 +294,7 @@ def _scatter(axes: Axes, sampling: Sampling, row: int, choice: _Choice, top: flo
     """Sampling points, the heaviest on top."""
     locations = sampling.locations[choice.layer, row, choice.heads, choice.levels]  # [h, l, p, 2]
     weights = sampling.weights[choice.layer, row, choice.heads, choice.levels]
-    inches = axes.get_position().width * axes.get_figure(root=True).get_figwidth()
+    inches = axes.get_window_extent().width / axes.figure.dpi
     scale = 0.14 * inches if small else 1.4
     first = choice.levels.start or 0
     for i in range(weights.shape[1]):

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 from flax import nnx
 from PIL import Image
 
@@ -96,8 +97,8 @@ class Inspection:
     def probabilities(self) -> np.ndarray:
         """float32 [layers, q, classes], without "no object"."""
         if self.classification == "focal":
-            return np.asarray(jax.nn.sigmoid(self.logits))
-        return np.asarray(jax.nn.softmax(self.logits))[..., :-1]
+            return scipy.special.expit(self.logits)
+        return scipy.special.softmax(self.logits, -1)[..., :-1]
 
     @property
     def scores(self) -> np.ndarray:
@@ -211,7 +212,7 @@ class Inspector:
         if "proposals" in found:
             boxes, logits, chosen, filled = found["proposals"]
             usable = (boxes < 1).any(-1, keepdims=True)  # the model puts (1, 1, 1, 1) where there is none
-            boxes, scores = _pixels(np.where(usable, boxes, np.nan), size), np.asarray(jax.nn.sigmoid(logits))
+            boxes, scores = _pixels(np.where(usable, boxes, np.nan), size), scipy.special.expit(logits)
             shapes = tuple(valid.shape for valid in found["valid_maps"])
             proposals = Proposals(boxes, np.where(usable[:, 0], scores, 0), chosen, shapes, size / filled)
         return Inspection(
