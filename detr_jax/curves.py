@@ -54,9 +54,11 @@ def plot_curves(
         scores = curve.startswith("val/")
         axes.set_title(curve.removeprefix("train/").removeprefix("val/"), fontsize=11)
         if scores:
-            best = np.nanmax([math.nan, *(_number(r[curve]) for run in records.values() for r in run if curve in r)])
-            axes.set_title(f"best {best:.3f}", fontsize=9, loc="right", color="0.35")
-        axes.set_ylim(bottom=0, top=axes.dataLim.y1 * 1.08 if axes.dataLim.y1 > 0 else None)
+            reported = [_number(r[curve]) for run in records.values() for r in run if curve in r]
+            best = max((value for value in reported if not math.isnan(value)), default=None)
+            text = "best -" if best is None else f"best {best:.3f}"
+            axes.set_title(text, fontsize=9, loc="right", color="0.35")
+        axes.set_ylim(bottom=0, top=axes.dataLim.y1 * 1.08 if 0 < axes.dataLim.y1 < math.inf else None)
         axes.set_xlabel({"step": "training step", "epoch": "epoch", "hours": "hours"}[x], fontsize=9)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
