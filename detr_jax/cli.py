@@ -18,6 +18,7 @@ from detr_jax.data.image import DataError
 from detr_jax.detector import Detector, load
 from detr_jax.evaluation import write_results
 from detr_jax.training import NonFiniteLossError
+from detr_jax.visualize import visualize
 
 
 def load_recipe(path: str) -> Config:
@@ -194,8 +195,9 @@ def convert(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`detr-jax predict` and `detr-jax convert`."""
-    tyro.extras.subcommand_cli_from_dict({"predict": predict, "convert": convert}, prog="detr-jax", args=argv)
+    """`detr-jax predict`, `detr-jax visualize` and `detr-jax convert`."""
+    commands = {"predict": predict, "visualize": visualize, "convert": convert}
+    tyro.extras.subcommand_cli_from_dict(commands, prog="detr-jax", args=argv)
 
 
 def entry() -> None:

@@ -7,7 +7,7 @@ detections.draw().save("boxes.jpg")
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -25,7 +25,7 @@ from detr_jax.data.resample import IMAGENET_MEAN, IMAGENET_STD
 from detr_jax.data.transforms import resized
 from detr_jax.evaluation import postprocess, restore_model
 from detr_jax.models import split
-from detr_jax.visualize import draw_detections
+from detr_jax.pictures import draw_detections
 
 Photo = Image.Image | np.ndarray | str | os.PathLike[str]
 
@@ -213,6 +213,7 @@ class Detector:
 
     def __init__(self, loaded: Loaded, *, scale: int | None = None, max_size: int | None = None, batch_size: int = 1):
         self.config, self.categories, self.report = loaded.config, loaded.categories, loaded.report
+        self.classification: Literal["focal", "softmax"] = loaded.classification
         self.scale, self.max_size, self.batch_size = scale or loaded.scale, max_size or loaded.max_size, batch_size
         if self.scale > self.max_size or self.batch_size < 1:
             raise ValueError(
@@ -221,6 +222,7 @@ class Detector:
             )
         self.canvases = canvases(self.scale, self.max_size)
         graphdef, self._state = nnx.split(loaded.model)
+        self._graphdef = graphdef
 
         self.compilations = 0
         """How many canvases have been compiled."""
@@ -228,10 +230,7 @@ class Detector:
         @jax.jit
         def detect(state, pixels, sizes, orig_sizes):
             self.compilations += 1  # Python runs this once a compilation
-            inside = (jnp.arange(pixels.shape[1]) < sizes[:, :1])[:, :, None, None]
-            inside &= (jnp.arange(pixels.shape[2]) < sizes[:, 1:])[:, None, :, None]
-            images = (pixels / np.float32(255) - IMAGENET_MEAN) / IMAGENET_STD
-            outputs = nnx.merge(graphdef, state)(jnp.where(inside, images, 0), sizes)
+            outputs = nnx.merge(graphdef, state)(normalized(pixels, sizes), sizes)
             return postprocess(outputs, orig_sizes, classification=loaded.classification)
 
         self._detect = detect
@@ -275,15 +274,13 @@ class Detector:
             return next(iter(self.detect([photos], threshold)))
         return list(self.detect(photos, threshold))
 
-    def detect(self, photos: Sequence[Photo], threshold: float = 0.5) -> Iterator[Detections]:
+    def detect(self, photos: Iterable[Photo], threshold: float = 0.5) -> Iterator[Detections]:
         """As calling it with a list, but photo after photo, in order, in batches of consecutive ones of a canvas."""
         batch: list[tuple[Image.Image, np.ndarray]] = []
         canvas = -1
         for photo in photos:
             image = open_photo(photo)
-            orig = np.array([image.height, image.width])
-            size = photo_size(orig, self.scale, self.max_size)
-            bucket = int(smallest_bucket(self.canvases, size[None])[0])
+            size, bucket = self._place(image)
             if batch and (bucket != canvas or len(batch) == self.batch_size):
                 yield from self._run(batch, self.canvases[canvas], threshold)
                 batch = []
@@ -292,20 +289,55 @@ class Detector:
         if batch:
             yield from self._run(batch, self.canvases[canvas], threshold)
 
+    def split(self) -> tuple[nnx.GraphDef, nnx.State]:
+        """The model's graph and state: `nnx.merge` puts a model together, also inside `jax.jit`."""
+        return self._graphdef, self._state
+
+    def prepare(self, image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+        """A photo as the model gets it: its canvas, uint8 [1, H, W, 3], and its size in it, int32 [1, 2] (h, w)."""
+        size, bucket = self._place(image)
+        pixels, sizes, _ = filled([(image, size)], self.canvases[bucket], 1)
+        return pixels, sizes
+
+    def _place(self, image: Image.Image) -> tuple[np.ndarray, int]:
+        """(h, w) to which a photo is resized, and the number of its canvas."""
+        size = photo_size(np.array([image.height, image.width]), self.scale, self.max_size)
+        return size, int(smallest_bucket(self.canvases, size[None])[0])
+
     def _run(
         self, batch: list[tuple[Image.Image, np.ndarray]], canvas: tuple[int, int], threshold: float
     ) -> Iterator[Detections]:
-        pixels = np.zeros((self.batch_size, *canvas, 3), np.uint8)
-        sizes, orig_sizes = np.ones((2, self.batch_size, 2), np.int32) * 32
-        for i, (image, (h, w)) in enumerate(batch):
-            pixels[i, :h, :w] = np.asarray(image.resize((int(w), int(h)), Image.Resampling.BILINEAR))
-            sizes[i], orig_sizes[i] = (h, w), (image.height, image.width)
+        pixels, sizes, orig_sizes = filled(batch, canvas, self.batch_size)
         found = jax.device_get(self._detect(self._state, pixels, sizes, orig_sizes))
         for (image, _), scores, labels, boxes in zip(batch, *found, strict=False):
             order = np.argsort(-scores, kind="stable")
             order = order[scores[order] >= threshold]
             boxes = np.clip(boxes[order], 0, [image.width, image.height] * 2).astype(np.float32)
             yield Detections(boxes, scores[order], labels[order], self.categories, image)
+
+
+def filled(
+    batch: Sequence[tuple[Image.Image, np.ndarray]], canvas: tuple[int, int], batch_size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Photos, each resized to its (h, w), on canvases.
+
+    Returns:
+        pixels uint8 [b, H, W, 3], sizes int32 [b, 2] and the photos' own sizes int32 [b, 2]; rows that are left over
+        hold an empty photo.
+    """
+    pixels = np.zeros((batch_size, *canvas, 3), np.uint8)
+    sizes, orig_sizes = np.ones((2, batch_size, 2), np.int32) * 32
+    for i, (image, (h, w)) in enumerate(batch):
+        pixels[i, :h, :w] = np.asarray(image.resize((int(w), int(h)), Image.Resampling.BILINEAR))
+        sizes[i], orig_sizes[i] = (h, w), (image.height, image.width)
+    return pixels, sizes, orig_sizes
+
+
+def normalized(pixels: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Pixels of canvases, uint8 [b, H, W, 3], as the model takes them: float32, zero in the padding."""
+    inside = (jnp.arange(pixels.shape[1]) < sizes[:, :1])[:, :, None, None]
+    inside &= (jnp.arange(pixels.shape[2]) < sizes[:, 1:])[:, None, :, None]
+    return jnp.where(inside, (pixels / np.float32(255) - IMAGENET_MEAN) / IMAGENET_STD, 0)
 
 
 def canvases(scale: int, max_size: int) -> tuple[tuple[int, int], ...]:

@@ -29,7 +29,7 @@ from detr_jax.data.pipeline import batches
 from detr_jax.data.resample import resample_batch
 from detr_jax.data.sampler import EvalSampler
 from detr_jax.models import build, split
-from detr_jax.visualize import compare
+from detr_jax.pictures import compare
 
 Detections = tuple[Any, Any, Any]
 """scores float32 [b, n], labels int32 [b, n], boxes_xyxy float32 [b, n, 4] in pixels of the annotated photo."""

@@ -24,6 +24,7 @@ from flax import nnx
 from detr_jax import checkpoint, sharding
 from detr_jax.categories import Categories
 from detr_jax.config import Config, OptimConfig
+from detr_jax.curves import plot_curves
 from detr_jax.data.coco import CocoIndex, load_split
 from detr_jax.data.pipeline import batches
 from detr_jax.data.resample import resample_batch
@@ -34,7 +35,6 @@ from detr_jax.losses import set_prediction_loss
 from detr_jax.metrics import MetricWriter
 from detr_jax.models import build, split
 from detr_jax.pretrained import load_backbone
-from detr_jax.visualize import plot_curves
 
 Model = nnx.GraphDef
 State = dict[str, Any]

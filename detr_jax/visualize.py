@@ -1,285 +1,231 @@
-"""Pictures of what a detector does: boxes on photos, ground truth beside detections, curves of a run."""
+"""Everything that draws, in one place: functions that return figures (matplotlib) or pictures (Pillow).
 
-import colorsys
-import functools
-import math
-from collections.abc import Mapping, Sequence
+`visualize` is the command line's choice of them: `detr-jax visualize PHOTO --checkpoint X --what sampling`.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import matplotlib
-import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+import tyro
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from detr_jax.metrics import read_metrics
+from detr_jax import checkpoint as checkpoints
+from detr_jax.attention_figures import attention_figure, encoder_figure, saliency_figure, sampling_figure
+from detr_jax.config import DataConfig, from_dict
+from detr_jax.curves import plot_curves
+from detr_jax.data.coco import CocoIndex, load_split
+from detr_jax.detector import Detector, is_ours, open_photo
+from detr_jax.error_figures import confusion_figure, errors_figure
+from detr_jax.errors import confusion, detect_all, find_errors
+from detr_jax.errors import photo as image_of
+from detr_jax.evaluation import score
+from detr_jax.inspection import Inspection, Inspector, Saliency
+from detr_jax.pictures import class_color, compare, contact_sheet, draw_detections
+from detr_jax.prediction_figures import matching_figure, proposals_figure, refinement_figure
 
-Color = tuple[int, int, int]
-Rectangle = tuple[float, float, float, float]
+__all__ = [
+    "Inspection",
+    "Inspector",
+    "Saliency",
+    "attention_figure",
+    "class_color",
+    "compare",
+    "confusion",
+    "confusion_figure",
+    "contact_sheet",
+    "detect_all",
+    "draw_detections",
+    "encoder_figure",
+    "errors_figure",
+    "find_errors",
+    "matching_figure",
+    "plot_curves",
+    "proposals_figure",
+    "refinement_figure",
+    "saliency_figure",
+    "sampling_figure",
+    "visualize",
+]
 
-_CURVES = ("train/loss", "train/loss_ce", "train/loss_bbox", "train/loss_giou", "val/AP", "val/AP50")
-_INK, _PAPER = (28, 28, 28), (255, 255, 255)
-
-
-def class_color(label: int) -> Color:
-    """The colour of a class, the same in every picture; classes with near labels differ most."""
-    hue = (0.58 + label * (math.sqrt(5) - 1) / 2) % 1  # steps of the golden ratio spread any number of hues
-    saturation, value = ((0.85, 1.0), (0.55, 1.0), (0.9, 0.8))[label // 8 % 3]
-    red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
-    return round(255 * red), round(255 * green), round(255 * blue)
-
-
-def draw_detections(
-    image: Image.Image | np.ndarray,
-    boxes_xyxy: np.ndarray,
-    labels: np.ndarray,
-    names: Sequence[str],
-    scores: np.ndarray | None = None,
-) -> Image.Image:
-    """Draws boxes with captions on a copy of a photo.
-
-    Lines and letters grow with the photo. A caption stays inside of it and off those of better boxes; where there is no
-    room for it, it is left out (enlarge small photos first). Where a class has many boxes, only its best one is named:
-    the colour tells the others.
-
-    Args:
-        image: a photo; as an array uint8 [H, W, 3].
-        boxes_xyxy: [n, 4] in its pixels.
-        labels: int [n].
-        names: label -> class name.
-        scores: [n] in [0, 1]; without them captions are the names alone.
-
-    Returns:
-        An RGB picture of the photo's size.
-    """
-    picture = _rgb(image).copy()
-    boxes_xyxy, labels = np.asarray(boxes_xyxy, float).reshape(-1, 4), np.asarray(labels, int)
-    draw = ImageDraw.Draw(picture)
-    scale = math.sqrt(picture.width * picture.height)
-    line = max(1, round(scale / 320))
-    font = _font(max(10, round(scale / (38 if len(boxes_xyxy) <= 12 else 46))))
-    # The best last, on top of the others.
-    order = np.arange(len(labels))[::-1] if scores is None else np.argsort(scores, kind="stable")
-    for i in order:
-        left, top, right, bottom = boxes_xyxy[i]
-        box = (left, top, max(left, right), max(top, bottom))
-        draw.rectangle(_grown(box, 1), outline=(0, 0, 0), width=line + 2)
-        draw.rectangle(box, outline=class_color(int(labels[i])), width=line)
-    counts = np.bincount(labels, minlength=1) if len(labels) else np.zeros(1, int)
-    named: set[int] = set()
-    taken: list[Rectangle] = []
-    for i in order[::-1]:
-        label = int(labels[i])
-        parts = [] if counts[label] > 8 and label in named else [names[label]]
-        named.add(label)
-        if scores is not None:
-            parts.append(f"{scores[i]:.2f}")
-        if parts:
-            _caption(draw, " ".join(parts), boxes_xyxy[i], class_color(label), font, picture.size, taken)
-    return picture
+What = Literal[
+    "sampling",
+    "encoder",
+    "attention",
+    "saliency",
+    "refinement",
+    "proposals",
+    "matching",
+    "truth",
+    "errors",
+    "confusion",
+    "curves",
+]
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp")
 
 
-def compare(
-    image: Image.Image | np.ndarray,
-    true_boxes_xyxy: np.ndarray,
-    true_labels: np.ndarray,
-    boxes_xyxy: np.ndarray,
-    labels: np.ndarray,
-    scores: np.ndarray,
-    names: Sequence[str],
+def visualize(
+    photo: tyro.conf.Positional[tuple[str, ...]] = (),
+    /,
     *,
+    checkpoint: tuple[str, ...],
+    what: What = "sampling",
+    out: str = "figure.png",
+    query: int | None = None,
+    points: tuple[tuple[float, float], ...] = (),
+    by: Literal["layer", "head", "level"] | None = None,
+    layer: int = -1,
+    head: int | None = None,
+    level: int | None = None,
     threshold: float = 0.5,
-    width: int = 720,
-) -> Image.Image:
-    """A photo with its ground truth, beside the same with the detections, under headings that count each class.
-
-    Args:
-        image: a photo; as an array uint8 [H, W, 3].
-        true_boxes_xyxy: [t, 4] in its pixels.
-        true_labels: int [t].
-        boxes_xyxy: [n, 4] in its pixels.
-        labels: int [n].
-        scores: [n].
-        names: label -> class name.
-        threshold: detections with a lower score are left out.
-        width: of one of the two panels, in pixels; the photo is scaled to it.
-    """
-    photo = _rgb(image)
-    factor = width / photo.width
-    photo = photo.resize((width, max(1, round(factor * photo.height))), Image.Resampling.LANCZOS)
-    shown = np.asarray(scores) >= threshold
-    boxes_xyxy, labels, scores = np.asarray(boxes_xyxy)[shown], np.asarray(labels)[shown], np.asarray(scores)[shown]
-    truth = draw_detections(photo, factor * np.asarray(true_boxes_xyxy), true_labels, names)
-    found = draw_detections(photo, factor * boxes_xyxy, labels, names, scores)
-    panels = [
-        _headed(truth, "ground truth", true_labels, names),
-        _headed(found, f"detections, score at least {threshold:g}", labels, names),
-    ]
-    return contact_sheet(panels, columns=2, width=width)
-
-
-def contact_sheet(pictures: Sequence[Image.Image], *, columns: int = 2, width: int = 720, gap: int = 12) -> Image.Image:
-    """Pictures in rows of `columns`, each scaled to `width` pixels, with `gap` pixels of white between and around.
-
-    Raises:
-        ValueError: there is no picture.
-    """
-    if not pictures:
-        raise ValueError("contact_sheet: got no pictures, expected at least one")
-    scaled = [
-        p
-        if p.width == width
-        else p.resize((width, max(1, round(p.height * width / p.width))), Image.Resampling.LANCZOS)
-        for p in map(_rgb, pictures)
-    ]
-    rows = [scaled[i : i + columns] for i in range(0, len(scaled), columns)]
-    heights = [max(picture.height for picture in row) for row in rows]
-    columns = len(rows[0])
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, sum(heights) + gap * (len(rows) + 1)), _PAPER)
-    top = gap
-    for row, height in zip(rows, heights, strict=True):
-        for column, picture in enumerate(row):
-            sheet.paste(picture, (gap + column * (width + gap), top))
-        top += height + gap
-    return sheet
-
-
-def plot_curves(
-    runs: str | Path | Mapping[str, str | Path],
-    *,
-    x: Literal["step", "epoch", "hours"] = "step",
-    curves: Sequence[str] = _CURVES,
-) -> Figure:
-    """Loss terms and AP of a run, or of several, one panel each.
-
-    Args:
-        runs: a `metrics.jsonl`, or several by the names that the legend shows.
-        x: the horizontal axis.
-        curves: names in `metrics.jsonl`; what no run reported gets no panel.
-
-    Returns:
-        A figure; `figure.savefig(path)` writes it.
-
-    Raises:
-        ValueError: no run reported any of the curves.
-    """
-    files = dict(runs) if isinstance(runs, Mapping) else {"": runs}
-    records = {name: read_metrics(path) for name, path in files.items()}
-    present = [curve for curve in curves if any(curve in record for run in records.values() for record in run)]
-    if not present:
-        raise ValueError(f"{', '.join(map(str, files.values()))}: none of {', '.join(curves)} was reported")
-    columns = min(len(present), 3)
-    rows = -(-len(present) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.1 * rows), layout="constrained", dpi=120)
-    FigureCanvasAgg(figure)
-    for panel, curve in enumerate(present, 1):
-        axes = figure.add_subplot(rows, columns, panel)
-        for name, run in records.items():
-            points = [
-                (record[x], math.nan if record[curve] is None else record[curve]) for record in run if curve in record
-            ]
-            few = len(points) < 40
-            axes.plot(*np.array(points, float).reshape(-1, 2).T, marker="." if few else None, linewidth=1.5, label=name)
-        scores = curve.startswith("val/")
-        axes.set_title(curve.removeprefix("train/").removeprefix("val/"), fontsize=11)
-        if scores:
-            best = max(
-                (r[curve] for run in records.values() for r in run if r.get(curve) is not None), default=math.nan
-            )
-            axes.set_title(f"best {best:.3f}", fontsize=9, loc="right", color="0.35")
-        axes.set_ylim(bottom=0, top=None)
-        axes.set_xlabel({"step": "training step", "epoch": "epoch", "hours": "hours"}[x], fontsize=9)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        if len(records) > 1 and panel == 1:
-            axes.legend(fontsize=8, frameon=False)
-    return figure
-
-
-def _rgb(image: Image.Image | np.ndarray) -> Image.Image:
-    return (image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))).convert("RGB")
-
-
-@functools.cache
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu, which matplotlib carries, so that pictures look the same everywhere."""
-    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    return ImageFont.truetype(str(folder / ("DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf")), size)
-
-
-def _grown(box: Rectangle, by: float) -> Rectangle:
-    return box[0] - by, box[1] - by, box[2] + by, box[3] + by
-
-
-def _overlap(a: Rectangle, b: Rectangle) -> float:
-    """Area that two rectangles share."""
-    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-
-
-def _caption(
-    draw: ImageDraw.ImageDraw,
-    text: str,
-    box_xyxy: np.ndarray,
-    color: Color,
-    font: ImageFont.FreeTypeFont,
-    size: tuple[int, int],
-    taken: list[Rectangle],
+    data_root: str | None = None,
+    x: Literal["epoch", "hours", "step"] = "epoch",
+    dilation: bool | None = None,
 ) -> None:
-    """Writes a caption at the first free corner of its box, inside the picture, if any; notes in `taken` where."""
-    pad = max(1, round(font.size / 6))
-    while draw.textlength(text, font) + 2 * pad > size[0] and len(text) > 2:
-        text = text.rstrip("…")[:-1] + "…"
-    width, height = math.ceil(draw.textlength(text, font)) + 2 * pad, sum(font.getmetrics()) + pad
-    left, top, right, bottom = (float(side) for side in box_xyxy)
-    corners = [
-        (left, top - height),  # on top of the box
-        (left, top),
-        (right - width, top - height),
-        (right - width, top),
-        (left, bottom),  # below it
-        (left, bottom - height),
-        (right - width, bottom),
-        (right - width, bottom - height),
-    ]
-    places = []
-    for x, y in corners:
-        x, y = min(max(x, 0), size[0] - width), min(max(y, 0), size[1] - height)
-        places.append((x, y, x + width, y + height))
-    overlaps = [sum(_overlap(place, other) for other in taken) for place in places]
-    best = int(np.argmin(overlaps))
-    place = places[best]
-    if overlaps[best] > 0.3 * width * height:
-        return
-    taken.append(place)
-    bright = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 130
-    draw.rectangle(place, fill=color)
-    draw.text((place[0] + pad, place[1] + pad / 2), text, (0, 0, 0) if bright else (255, 255, 255), font)
+    """Draw what happens inside a detector, or what it gets wrong, into a figure.
+
+    Of one photo: sampling (where a query of Deformable DETR sampled it), encoder (what --points attend to), attention
+    (what each object's query attends to), saliency (which pixels move a detection), refinement (a query's box layer by
+    layer), proposals (of a two-stage model's encoder). Of a photo with annotations, the first of the validation set if
+    none is given: matching (which query got which object), truth (ground truth beside detections). Of the validation
+    set: errors (the most expensive misses and false positives), confusion (of classes; AP by size and class). Of
+    training runs: curves.
+
+    Args:
+        photo: One photo.
+        checkpoint: As for predict. Several for encoder and attention (a row each), and for curves.
+        what: Which figure; see above.
+        out: File to write: .png, .jpg, .webp, .pdf or .svg.
+        query: Which query; None takes that of the best detection.
+        points: x y of points in the photo, in pixels, one after another; for encoder. None takes three.
+        by: Sampling: a panel for each layer, head or level. None merges heads and levels.
+        layer: Decoder or encoder layer from 0; negative from the end.
+        head: This attention head alone.
+        level: This feature level alone; for encoder the level of the points' cells (0).
+        threshold: Detections with a lower score do not count; for truth, errors and confusion.
+        data_root: A COCO-format folder; None takes that of the checkpoint's training.
+        x: Horizontal axis of the curves.
+        dilation: DC5 or not, for files that do not tell.
+    """
+    if not out.lower().endswith(_SUFFIXES):
+        raise ValueError(f"--out {out}: expected a file that ends with {', '.join(_SUFFIXES)}")
+    several = ("attention", "encoder", "curves")
+    if len(checkpoint) == 0:
+        raise ValueError("--checkpoint: got none, expected at least one")
+    if len(checkpoint) > 1 and what not in several:
+        raise ValueError(
+            f"--what {what} takes one --checkpoint, got {' '.join(checkpoint)} ({', '.join(several)} take several; "
+            "the photo goes before --checkpoint)"
+        )
+    if len(photo) > 1:
+        raise ValueError(f"one photo makes a figure, got {len(photo)}: {' '.join(photo)}")
+    with_annotations, of_data = what in ("matching", "truth"), what in ("errors", "confusion", "curves")
+    if not photo and not with_annotations and not of_data:
+        raise ValueError(f"--what {what} needs a photo: detr-jax visualize PHOTO --checkpoint X --what {what}")
+    if photo and of_data:
+        about = "runs" if what == "curves" else "a data set"
+        raise ValueError(f"--what {what} is about {about}, not about a photo: leave {photo[0]} out")
+    if photo and not Path(photo[0]).is_file():
+        raise FileNotFoundError(f"{photo[0]}: no such photo")
+    if what == "curves":
+        names = [Path(run).name for run in checkpoint]
+        names = names if len(set(names)) == len(names) else checkpoint
+        figure = plot_curves({name: _metrics_file(run) for name, run in zip(names, checkpoint, strict=True)}, x=x)
+    else:
+        image = open_photo(photo[0]) if photo else None
+        detectors = [Detector.from_pretrained(path, dilation=dilation) for path in checkpoint]
+        if image is not None and not with_annotations:
+            figure = _of_photo(what, detectors, image, query, layer=layer, head=head, level=level, by=by, points=points)
+        else:
+            index = _validation(checkpoint[0], detectors[0], data_root)
+            if of_data:
+                figure = _of_data(what, detectors[0], index, threshold)
+            else:
+                figure = _of_truth(what, detectors[0], index, _position(index, photo), threshold)
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(figure, Image.Image):
+        figure.save(out)
+    else:
+        figure.savefig(out)
+    print(f"wrote {out}")
 
 
-def _headed(picture: Image.Image, title: str, labels: np.ndarray, names: Sequence[str]) -> Image.Image:
-    """A picture under its title and a key: each class that is in it, with its colour and number of boxes."""
-    labels = np.asarray(labels, int)
-    big, small = _font(max(11, picture.width // 36), bold=True), _font(max(10, picture.width // 44))
-    keys = [
-        (int(label), f"{names[label]} {count}")
-        for label, count in zip(*np.unique(labels, return_counts=True), strict=True)
-    ]
-    row = round(1.5 * small.size)
-    # Lay the key out first: it says how high the heading is.
-    x, y, places = 0.0, round(1.6 * big.size), []
-    for label, text in keys:
-        width = row + small.getlength(text) + small.size
-        if x and x + width > picture.width:
-            x, y = 0.0, y + row
-        places.append((x, y, label, text))
-        x += width
-    headed = Image.new("RGB", (picture.width, picture.height + y + row), _PAPER)
-    draw = ImageDraw.Draw(headed)
-    draw.text((0, 0), title, _INK, big)
-    for x, y, label, text in places:
-        draw.rectangle((x, y + 0.15 * small.size, x + small.size, y + 1.15 * small.size), class_color(label), _INK)
-        draw.text((x + row, y), text, _INK, small)
-    headed.paste(picture, (0, headed.height - picture.height))
-    return headed
+def _of_photo(
+    what: What,
+    detectors: Sequence[Detector],
+    photo: Image.Image,
+    query: int | None,
+    *,
+    layer: int,
+    head: int | None,
+    level: int | None,
+    by: Literal["layer", "head", "level"] | None,
+    points: Sequence[tuple[float, float]],
+) -> Figure:
+    """The figures that need nothing but a photo."""
+    inspectors = [Inspector(detector) for detector in detectors]
+    if what == "saliency":
+        return saliency_figure(inspectors[0].saliency(photo, query))
+    if what == "encoder" and not points:
+        points = [(photo.width * u, photo.height / 2) for u in (0.25, 0.5, 0.75)]
+    seen = [inspector(photo, points if what == "encoder" else ()) for inspector in inspectors]
+    if what == "encoder":
+        return encoder_figure(seen, layer=layer, head=head, level=level or 0)
+    if what == "attention":
+        return attention_figure(seen, None if query is None else [query], layer=layer, head=head)
+    if what == "sampling":
+        return sampling_figure(seen[0], query, by=by, layer=layer, head=head, level=level)
+    return refinement_figure(seen[0], query) if what == "refinement" else proposals_figure(seen[0])
+
+
+def _of_truth(what: What, detector: Detector, index: CocoIndex, i: int, threshold: float) -> Figure | Image.Image:
+    """The figures that need a photo with its annotations."""
+    photo, boxes, labels = image_of(index, i), index.boxes_xyxy[i], index.labels[i]
+    if what == "matching":
+        return matching_figure(Inspector(detector)(photo), boxes, labels)
+    found = detector(photo, threshold)
+    detections = found.boxes_xyxy, found.labels, found.scores
+    return compare(photo, boxes, labels, *detections, index.category_names, threshold=threshold)
+
+
+def _of_data(what: What, detector: Detector, index: CocoIndex, threshold: float) -> Figure:
+    """The figures that need a data set."""
+    found, results = detect_all(detector, index)
+    if what == "errors":
+        return errors_figure(find_errors(index, found, threshold=threshold), index)
+    counts = confusion(index, found, threshold=threshold)
+    return confusion_figure(counts, index.category_names, score(index.ground_truth(), results))
+
+
+def _metrics_file(run: str) -> Path:
+    path = Path(run) / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; curves are drawn of a run's output folder")
+    return path
+
+
+def _validation(path: str, detector: Detector, root: str | None) -> CocoIndex:
+    """The validation set of a folder, or of a checkpoint's training."""
+    data = DataConfig()
+    if is_ours(path):
+        saved = checkpoints.read_metadata(path)
+        data = from_dict(saved["config"], saved["model"]).data
+    if root is not None:
+        data = DataConfig(root=root)
+    if not data.root and data.tfds is None:
+        raise ValueError(f"{path} does not say what it was trained on: pass --data-root FOLDER, in COCO's format")
+    return load_split(data, "val", category_ids=detector.categories.ids)
+
+
+def _position(index: CocoIndex, photo: Sequence[str]) -> int:
+    """Where a photo is in a data set, by the name of its file; the first without a photo."""
+    names = [Path(index.name(i)).name for i in range(len(index))]
+    for path in photo:
+        if Path(path).name not in names:
+            raise ValueError(
+                f"{path}: none of the {len(names)} images of the validation set has this name, so its objects are not "
+                f"known; {index.name(0)} is one of them"
+            )
+        return names.index(Path(path).name)
+    return 0

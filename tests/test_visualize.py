@@ -151,3 +151,13 @@ def test_curves_of_nothing(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(ValueError, match=r"metrics\.jsonl: none of train/loss, .* was reported"):
         plot_curves(tmp_path / "metrics.jsonl")
+
+
+def test_ap_of_sizes_that_no_object_has(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": s, "epoch": s, "hours": s, "val/APs": -1.0, "val/APl": s / 10} for s in (1, 2)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    small, large = plot_curves(path, x="epoch").axes
+    assert np.isnan(small.lines[0].get_ydata()).all() and small.get_title(loc="right") == "best -"
+    np.testing.assert_array_equal(large.lines[0].get_xydata(), [[1, 0.1], [2, 0.2]])
+    assert large.get_ylim()[1] > 0.2

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from detr_jax.models.layers import Dropout, linear
+from detr_jax.models.layers import Dropout, capture, linear
 from pallas_kernels import BlockOrder, block_order, ms_deform_attn
 from pallas_kernels.ms_deform_attn import best_implementation
 
@@ -38,7 +38,9 @@ class MultiHeadAttention(nnx.Module):
         logits = jnp.einsum("bqhd,bshd->bhqs", query * query.shape[-1] ** -0.5, key).astype(jnp.float32)
         if key_valid is not None:
             logits = jnp.where(key_valid[:, None, None], logits, jnp.finfo(jnp.float32).min)
-        weights = self.dropout(jax.nn.softmax(logits), rngs).astype(value.dtype)
+        weights = jax.nn.softmax(logits)
+        capture(self, "attention_weights", weights)  # [b, h, q, s]
+        weights = self.dropout(weights, rngs).astype(value.dtype)
         output = jnp.einsum("bhqs,bshd->bqhd", weights, value)
         return self.out(output.reshape(*output.shape[:2], -1))
 
@@ -110,6 +112,9 @@ class MSDeformAttn(nnx.Module):
             x = reference[..., 0] + x / self.num_points * reference[..., 2] * 0.5
             y = reference[..., 1] + y / self.num_points * reference[..., 3] * 0.5
         locations = jnp.stack([x, y], -1)
+        capture(self, "reference_points", reference_points)
+        capture(self, "sampling_locations", locations)  # [b, q, h, l, p, 2] (x, y) in 0-1 of each level's map
+        capture(self, "attention_weights", weights)  # [b, q, h, l, p]
         output = ms_deform_attn(
             value, spatial_shapes, locations, weights, implementation=self.implementation, in_blocks=in_blocks
         )

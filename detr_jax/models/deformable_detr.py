@@ -9,7 +9,7 @@ from flax import nnx
 
 from detr_jax.config import DeformableDETRConfig
 from detr_jax.models.attention import MSDeformAttn, MultiHeadAttention, token_order
-from detr_jax.models.layers import MLP, Dropout, FeedForward, inverse_sigmoid, layer_norm, linear
+from detr_jax.models.layers import MLP, Dropout, FeedForward, capture, inverse_sigmoid, layer_norm, linear
 from detr_jax.models.position import sine_boxes, sine_map
 from detr_jax.models.resnet import Conv, GroupNorm, ResNet, masked, valid_cells, valid_nearest
 
@@ -100,6 +100,7 @@ class Proposals(nnx.Module):
         enc_outputs = {"pred_logits": logits, "pred_boxes": jax.nn.sigmoid(coordinates)}
 
         _, top = jax.lax.top_k(logits[..., 0], self.num_queries)
+        capture(self, "top_tokens", top)  # [b, q]
         reference = jax.lax.stop_gradient(jnp.take_along_axis(enc_outputs["pred_boxes"], top[..., None], 1))
         embedding = sine_boxes(reference, memory.shape[-1] // 2).astype(memory.dtype)
         query_position, target = jnp.split(self.position_norm(self.position(embedding)), 2, -1)
@@ -161,6 +162,8 @@ class DeformableDETR(nnx.Module):
         valid = jnp.concatenate([v.reshape(len(v), -1) for v in valid_maps], 1)
         # [b, l, 2]: the share of each level's map (x, y) that the image fills.
         valid_ratios = jnp.stack([jnp.stack([v[:, 0].mean(-1), v[:, :, 0].mean(-1)], -1) for v in valid_maps], 1)
+        capture(self, "valid_maps", tuple(valid_maps))
+        capture(self, "valid_ratios", valid_ratios)
 
         centres = jnp.concatenate([cell_boxes(v, 0.0)[..., :2] for v in valid_maps], 1)
         reference_points = centres[:, :, None] * valid_ratios[:, None]

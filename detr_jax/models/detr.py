@@ -6,7 +6,7 @@ from flax import nnx
 
 from detr_jax.config import DETRConfig
 from detr_jax.models.attention import MultiHeadAttention
-from detr_jax.models.layers import MLP, Dropout, FeedForward, layer_norm, linear
+from detr_jax.models.layers import MLP, Dropout, FeedForward, capture, layer_norm, linear
 from detr_jax.models.position import LearnedMap, sine_map
 from detr_jax.models.resnet import ResNet, valid_cells, valid_nearest
 
@@ -99,6 +99,7 @@ class DETR(nnx.Module):
             valid = valid_nearest(sizes, images.shape[1:3], (h, w))
         position = self.position(valid) if self.position else sine_map(valid, self.config.hidden_dim, half_pixel=False)
         position = position.reshape(b, h * w, -1).astype(features.dtype)
+        capture(self, "valid_maps", (valid,))
         valid = valid.reshape(b, h * w)
 
         memory = self.input_proj(features).reshape(b, h * w, -1)

@@ -105,3 +105,12 @@ def inverse_sigmoid(x: jax.Array, eps: float = 1e-5) -> jax.Array:
     """Logit of `x`, numerator and denominator kept above `eps` as in the official code."""
     x = jnp.clip(x, 0, 1)
     return jnp.log(jnp.maximum(x, eps) / jnp.maximum(1 - x, eps))
+
+
+def capture(module: nnx.Module, name: str, value) -> None:
+    """Hands an intermediate value to `nnx.capture(model, nnx.Intermediate)`, where that is what runs the model.
+
+    Otherwise it does nothing, under `jax.jit` not even an operation: nothing is stored on the module.
+    """
+    if hasattr(module, "__captures__"):
+        module.sow(nnx.Intermediate, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)

@@ -1,0 +1,73 @@
+"""Training curves of one run, or of several, from their `metrics.jsonl`."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from detr_jax.metrics import read_metrics
+
+_CURVES = (
+    *("train/loss", "train/loss_ce", "train/loss_bbox", "train/loss_giou"),
+    *("val/AP", "val/AP50", "val/APs", "val/APm", "val/APl"),
+)
+
+
+def plot_curves(
+    runs: str | Path | Mapping[str, str | Path],
+    *,
+    x: Literal["step", "epoch", "hours"] = "step",
+    curves: Sequence[str] = _CURVES,
+) -> Figure:
+    """Loss terms, AP and AP by size of a run, or of several, one panel each.
+
+    Args:
+        runs: a `metrics.jsonl`, or several by the names that the legend shows.
+        x: the horizontal axis.
+        curves: names in `metrics.jsonl`; what no run reported gets no panel.
+
+    Returns:
+        A figure; `figure.savefig(path)` writes it.
+
+    Raises:
+        ValueError: no run reported any of the curves.
+    """
+    files = dict(runs) if isinstance(runs, Mapping) else {"": runs}
+    records = {name: read_metrics(path) for name, path in files.items()}
+    present = [curve for curve in curves if any(curve in record for run in records.values() for record in run)]
+    if not present:
+        raise ValueError(f"{', '.join(map(str, files.values()))}: none of {', '.join(curves)} was reported")
+    columns = min(len(present), 3)
+    rows = -(-len(present) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.1 * rows), layout="constrained", dpi=120)
+    FigureCanvasAgg(figure)
+    for panel, curve in enumerate(present, 1):
+        axes = figure.add_subplot(rows, columns, panel)
+        for name, run in records.items():
+            points = [(record[x], _number(record[curve])) for record in run if curve in record]
+            few = len(points) < 40
+            axes.plot(*np.array(points, float).reshape(-1, 2).T, marker="." if few else None, linewidth=1.5, label=name)
+        scores = curve.startswith("val/")
+        axes.set_title(curve.removeprefix("train/").removeprefix("val/"), fontsize=11)
+        if scores:
+            reported = [_number(r[curve]) for run in records.values() for r in run if curve in r]
+            best = max((value for value in reported if not math.isnan(value)), default=None)
+            text = "best -" if best is None else f"best {best:.3f}"
+            axes.set_title(text, fontsize=9, loc="right", color="0.35")
+        axes.set_ylim(bottom=0, top=axes.dataLim.y1 * 1.08 if 0 < axes.dataLim.y1 < math.inf else None)
+        axes.set_xlabel({"step": "training step", "epoch": "epoch", "hours": "hours"}[x], fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(records) > 1 and panel == 1:
+            axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def _number(value: float | None) -> float:
+    """A reported value; NaN for one that was not finite, and for the AP of a size which no object has (-1)."""
+    return math.nan if value is None or value < 0 else value

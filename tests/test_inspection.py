@@ -1,0 +1,159 @@
+"""`Inspector`: what it says about a photo is what the model computed, in the photo's pixels."""
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+from test_capture import DETR, functions
+
+from detr_jax.categories import Categories
+from detr_jax.detector import Detector, Loaded, normalized
+from detr_jax.inspection import Inspector, Maps, Sampling
+from detr_jax.models import build
+
+POINTS = [(10, 20), (630, 470), (320.5, 100)]
+
+
+def make_detector(config, classification):
+    graphdef = nnx.split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))[0]
+    state, _, _ = functions(config)  # parameters with noise, so that every token differs
+    names = tuple(f"class {i}" for i in range(config.num_classes))
+    categories = Categories(tuple(range(1, config.num_classes + 1)), names)
+    return Detector(Loaded(config, nnx.merge(graphdef, state), categories, classification, 60, 96, "noise"))
+
+
+@pytest.fixture(scope="module")
+def deformable():
+    """A two-stage Deformable DETR, and what it did on a photo of 640 x 480, shown to it as 80 x 60 on 96 x 64."""
+    detector = make_detector(tiny.config().model, "focal")
+    return detector, Inspector(detector), Inspector(detector)(photo(), POINTS)
+
+
+@pytest.fixture(scope="module")
+def detr():
+    detector = make_detector(DETR, "softmax")
+    return detector, Inspector(detector)(photo(), POINTS)
+
+
+def photo():
+    return str(tiny.DATA / "bccd/images/BloodImage_00001.jpg")
+
+
+def captured(detector, seen):
+    graphdef, state = detector.split()
+    pixels, sizes = detector.prepare(seen.photo)
+
+    @jax.jit
+    def run(state):
+        outputs, found = nnx.capture(nnx.merge(graphdef, state), nnx.Intermediate)(normalized(pixels, sizes), sizes)
+        return outputs, nnx.to_pure_dict(found)
+
+    return (*run(state), pixels.shape[1:3], sizes[0])
+
+
+def test_deformable(deformable):
+    detector, _, seen = deformable
+    outputs, found, canvas, size = captured(detector, seen)
+    assert canvas == (64, 96) and size.tolist() == [60, 80]
+    np.testing.assert_allclose(seen.boxes_cxcywh[-1], outputs["pred_boxes"][0], atol=1e-6)
+    np.testing.assert_allclose(seen.logits[0], outputs["aux_outputs"]["pred_logits"][0, 0], atol=1e-5)
+    # Levels of 12 x 8 and 6 x 4 cells, of which the photo fills 10 x 8 and 5 x 4: 64, 60 and 128, 120 pixels of it.
+    filled = np.array([[10 / 12, 1], [5 / 6, 1]])
+    for part, layers, ours, rows in (("decoder", 2, seen.decoder, slice(None)), ("encoder", 1, seen.encoder, None)):
+        assert isinstance(ours, Sampling) and len(ours.weights) == layers
+        for i in range(layers):
+            layer = found[part][i]["cross_attn" if part == "decoder" else "self_attn"]
+            if rows is None:  # the cells of the points: (column, row) in each level, which starts at 0 and 96
+                cells = [[(0, 0), (0, 0)], [(9, 7), (4, 3)], [(5, 1), (2, 0)]]
+                rows = [96 * level + y * (12, 6)[level] + x for point in cells for level, (x, y) in enumerate(point)]
+            locations = np.asarray(layer["sampling_locations"])[0][rows] / filled[:, None] * (640, 480)
+            np.testing.assert_allclose(ours.locations[i], locations, rtol=1e-5, atol=1e-2)  # of 640 pixels in float32
+            np.testing.assert_array_equal(ours.weights[i], np.asarray(layer["attention_weights"])[0][rows])
+    np.testing.assert_allclose(ours.weights.sum((-1, -2)), 1, atol=1e-5)
+    # The cells that the points are in, centre by centre.
+    centres = [(32, 30), (64, 60), (608, 450), (576, 420), (352, 90), (320, 60)]
+    np.testing.assert_allclose(seen.encoder.references[0], centres, atol=1e-2)
+
+
+def test_refinement_starts_from_the_proposals(deformable):
+    _, _, seen = deformable
+    xy, wh = seen.decoder.references[..., :2], seen.decoder.references[..., 2:]
+    corners = np.concatenate([xy - wh / 2, xy + wh / 2], -1)
+    proposals = seen.proposals
+    assert proposals.shapes == ((8, 12), (4, 6)) and proposals.boxes_xyxy.shape == (120, 4)
+    np.testing.assert_allclose(proposals.cells, [(64, 60), (128, 120)], rtol=1e-5)
+    # float32, up to 640 pixels.
+    usable = ~np.isnan(proposals.boxes_xyxy[proposals.chosen]).any(-1)
+    assert usable.sum() > 10
+    np.testing.assert_allclose(corners[0][usable], proposals.boxes_xyxy[proposals.chosen][usable], atol=1e-2)
+    np.testing.assert_allclose(corners[1], seen.boxes_xyxy[0], atol=1e-2)
+    assert (proposals.scores[np.isnan(proposals.boxes_xyxy[:, 0])] == 0).all()
+
+
+def test_it_sees_what_the_detector_detects(deformable, detr):
+    for detector, seen in ((deformable[0], deformable[2]), detr):
+        found = detector(photo(), 0.0)
+        best = seen.best()[0]
+        assert found.scores[0] == pytest.approx(seen.scores[best], abs=1e-6)
+        assert found.labels[0] == seen.labels[best]
+        boxes = np.clip(seen.boxes_xyxy[-1, best], 0, (640, 480) * 2)
+        np.testing.assert_allclose(found.boxes_xyxy[0], boxes, atol=1e-2)
+        name = detector.categories.names[found.labels[0]]
+        assert seen.caption(best) == f"query {best}: {name} {found.scores[0]:.2f}"
+        assert seen.best(3, threshold=2.0) == []
+
+
+def test_detr(detr):
+    detector, seen = detr
+    _, found, canvas, size = captured(detector, seen)
+    assert canvas == (64, 96) and size.tolist() == [60, 80]
+    # The photo fills 3 of 3 columns (nearest: 80 of 96 pixels is 2.5 cells) and both rows.
+    valid = np.asarray(found["valid_maps"][0][0])
+    rows, columns = int(valid[:, 0].sum()), int(valid[0].sum())
+    assert isinstance(seen.decoder, Maps) and isinstance(seen.encoder, Maps)
+    assert seen.decoder.cell == pytest.approx((32 * 640 / 80, 32 * 480 / 60))
+    weights = np.asarray(found["decoder"][1]["cross_attn"]["attention_weights"][0]).reshape(4, -1, 2, 3)
+    np.testing.assert_array_equal(seen.decoder.weights[1], weights.swapaxes(0, 1)[..., :rows, :columns])
+    np.testing.assert_allclose(seen.decoder.weights.sum((-1, -2)), 1, atol=1e-5)  # nothing is in the padding
+    weights = np.asarray(found["encoder"][0]["self_attn"]["attention_weights"][0])
+    tokens = [min(int(y / 480 * rows), rows - 1) * 3 + min(int(x / 640 * columns), columns - 1) for x, y in POINTS]
+    assert len(set(tokens)) == 3
+    np.testing.assert_array_equal(
+        seen.encoder.weights[0], weights[:, tokens].swapaxes(0, 1).reshape(3, 4, 2, 3)[..., :rows, :columns]
+    )
+
+
+def test_saliency_is_the_gradient(deformable):
+    detector, inspector, seen = deformable
+    query = seen.best(3)[2]
+    saliency = inspector.saliency(photo(), query)
+    graphdef, state = detector.split()
+    pixels, sizes = detector.prepare(seen.photo)
+    label = int(seen.labels[query])
+
+    @jax.jit
+    @jax.grad
+    def gradient(images, output):
+        outputs = nnx.merge(graphdef, state)(images, sizes)
+        probability = jax.nn.sigmoid(outputs["pred_logits"][0, query, label])
+        return output[0] * outputs["pred_boxes"][0, query, 2] + output[1] * probability
+
+    for row, output in ((2, (1.0, 0.0)), (4, (0.0, 1.0))):
+        expected = np.linalg.norm(gradient(normalized(pixels, sizes), output)[0], axis=-1)[:60, :80]
+        # Two orders of the same sums in float32.
+        np.testing.assert_allclose(saliency.norms[row], expected, rtol=1e-3, atol=1e-4 * expected.max())
+        assert expected.max() > 0
+    np.testing.assert_allclose(saliency.box_xyxy, seen.boxes_xyxy[-1, query], atol=1e-2)
+
+
+def test_bad_input(deformable):
+    _, inspector, seen = deformable
+    with pytest.raises(ValueError, match=r"point \(640, 3\) is outside the photo, which has 640 x 480"):
+        inspector(photo(), [(3, 3), (640, 3)])
+    with pytest.raises(ValueError, match="query 30: expected 0 to 29"):
+        inspector.saliency(photo(), 30)
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.jpg: no such photo"):
+        inspector("nowhere.jpg")
+    with pytest.raises(ValueError, match="query -1"):
+        seen.check_query(-1)
