@@ -147,6 +147,8 @@ def fine_tuned(
 ) -> tuple[dict, dict, str]:
     """Parameters and buffers of a new model, taken from a checkpoint; the class heads only if it has the same classes.
 
+    Adapters (`config.tune`) that the checkpoint does not have start anew.
+
     Args:
         path: of the checkpoint; see `load`.
         config: of the new model.
@@ -169,7 +171,7 @@ def fine_tuned(
         nonlocal loaded
         keys = tuple(part.key for part in location[1:])
         found = theirs.pop(keys, None)
-        if keys[0] == "class_embed" and not same_classes:
+        if (keys[0] == "class_embed" and not same_classes) or (found is None and "lora" in keys):
             anew.append(".".join(map(str, keys)))
             return leaf
         if found is None or found.shape != leaf.shape:
@@ -182,7 +184,9 @@ def fine_tuned(
     new_params, new_buffers = jax.tree_util.tree_map_with_path(replace, (params, buffers))
     problems += [f"  {'.'.join(map(str, keys))}: {list(leaf.shape)}, not expected" for keys, leaf in theirs.items()]
     if problems:
-        fields = (field.name for field in dataclasses.fields(config) if field.name not in ("num_classes", "dropout"))
+        fields = (
+            field.name for field in dataclasses.fields(config) if field.name not in ("num_classes", "dropout", "tune")
+        )
         differ = [
             f"  model.{name}: {getattr(source.config, name, 'none')} in the file, {getattr(config, name)} here"
             for name in fields

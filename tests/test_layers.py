@@ -10,7 +10,7 @@ LEVELS = {
     **dict.fromkeys(["config", "boxes", "categories"], 0),
     **dict.fromkeys(["matching", "losses", "models", "data", "dialects", "pretrained", "tensor_files"], 1),
     **dict.fromkeys(["sharding", "checkpoint", "metrics"], 2),
-    **dict.fromkeys(["visualize", "evaluation", "detector", "training", "cli"], 3),
+    **dict.fromkeys(["visualize", "evaluation", "detector", "training", "cli", "surgery", "transplant"], 3),
 }
 FILES = sorted([*(ROOT / "detr_jax").rglob("*.py"), *(ROOT / "pallas_kernels").rglob("*.py")])
 
