@@ -232,10 +232,7 @@ class Detector:
         @jax.jit
         def detect(state, pixels, sizes, orig_sizes):
             self.compilations += 1  # Python runs this once a compilation
-            inside = (jnp.arange(pixels.shape[1]) < sizes[:, :1])[:, :, None, None]
-            inside &= (jnp.arange(pixels.shape[2]) < sizes[:, 1:])[:, None, :, None]
-            images = (pixels / np.float32(255) - IMAGENET_MEAN) / IMAGENET_STD
-            outputs = nnx.merge(graphdef, state)(jnp.where(inside, images, 0), sizes)
+            outputs = nnx.merge(graphdef, state)(normalised(pixels, sizes), sizes)
             return postprocess(outputs, orig_sizes, classification=loaded.classification)
 
         self._detect = detect
@@ -310,6 +307,13 @@ class Detector:
             order = order[scores[order] >= threshold]
             boxes = np.clip(boxes[order], 0, [image.width, image.height] * 2).astype(np.float32)
             yield Detections(boxes, scores[order], labels[order], self.categories, image)
+
+
+def normalised(pixels: jax.Array, sizes: jax.Array) -> jax.Array:
+    """What models take: uint8 `[b, H, W, 3]` and int `[b, 2]` -> float32 `[b, H, W, 3]`, zero in the padding."""
+    inside = (jnp.arange(pixels.shape[1]) < sizes[:, :1])[:, :, None, None]
+    inside &= (jnp.arange(pixels.shape[2]) < sizes[:, 1:])[:, None, :, None]
+    return jnp.where(inside, (pixels / np.float32(255) - IMAGENET_MEAN) / IMAGENET_STD, 0)
 
 
 def canvases(scale: int, max_size: int) -> tuple[tuple[int, int], ...]:

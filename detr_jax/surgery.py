@@ -20,8 +20,11 @@ from flax import nnx
 from detr_jax.categories import Categories
 from detr_jax.config import BackboneConfig, DeformableDETRConfig, DETRConfig, ModelConfig
 from detr_jax.detector import Loaded
-from detr_jax.models import split
+from detr_jax.export import export
+from detr_jax.models import DeformableDETR, DeformableEncoder, DETREncoder, split
 from detr_jax.pretrained import describe, load_backbone
+from detr_jax.pruning import Difference, attention, difference, prune_levels, prune_points
+from detr_jax.soup import moving_average, soup
 from detr_jax.transplant import (
     Changes,
     Operated,
@@ -30,6 +33,7 @@ from detr_jax.transplant import (
     Rule,
     by_level,
     deformable,
+    tensors,
     trained,
     transplant,
     whole,
@@ -37,13 +41,22 @@ from detr_jax.transplant import (
 
 __all__ = [
     "Changes",
+    "Difference",
     "Operated",
     "add_lora",
+    "attention",
     "change_classes",
     "change_layers",
     "change_queries",
+    "difference",
+    "export",
+    "extract_encoder",
     "freeze",
     "merge_lora",
+    "moving_average",
+    "prune_levels",
+    "prune_points",
+    "soup",
     "swap_backbone",
     "upgrade",
 ]
@@ -275,21 +288,30 @@ def swap_backbone(
     new = donor.config.backbone if donor else backbone
     assert isinstance(new, BackboneConfig)
     old = loaded.config.backbone
-    same = donor is None and (new.depth, new.norm) == (old.depth, old.norm)
+    kept = (new.depth, new.norm) == (old.depth, old.norm) and not weights
     config: ModelConfig = dataclasses.replace(loaded.config, backbone=new)
 
     def rule(path: Path) -> Origin | None:
-        return None if path[0] == "backbone" and not same else Origin(path)
+        return None if path[0] == "backbone" and not (kept or donor) else Origin(path)
 
-    source = "kept" if same else "from the other detector" if donor else weights or "initialised anew"
+    source = "from the other detector" if donor else "kept" if kept else weights or "initialised anew"
     what = f"swap_backbone: ResNet-{old.depth} -> ResNet-{new.depth}, tensors {source}"
-    result = transplant(loaded, config, rule, what, seed=seed)
-    if donor:
-        result.model.backbone = nnx.clone(donor.model.backbone)  # pyright: ignore[reportAttributeAccessIssue]
-    elif weights:
+    theirs = {path: x for path, x in tensors(donor.model).items() if path[0] == "backbone"} if donor else None
+    result = transplant(loaded, config, rule, what, values=theirs, seed=seed)
+    if weights and not donor:
         graphdef, params, buffers = split(config, result.model)
         result.model = nnx.merge(graphdef, *load_backbone(weights, params, buffers))
     return result
+
+
+def extract_encoder(loaded: Loaded) -> DeformableEncoder | DETREncoder:
+    """Backbone and encoder as a feature extractor: `maps, valid = extract_encoder(loaded)(images, sizes)`.
+
+    Maps `[b, h, w, c]` and bool `[b, h, w]` for each level; the features that the decoder attends to, exactly. It is an
+    NNX module of its own: train it with `nnx.split`, and `nnx.state` of it saves.
+    """
+    model: Any = loaded.model
+    return DeformableEncoder(model) if isinstance(model, DeformableDETR) else DETREncoder(model)
 
 
 # --- what is trained -------------------------------------------------------------------------------------------------
@@ -355,14 +377,11 @@ def merge_lora(loaded: Loaded) -> Operated:
         raise ValueError("merge_lora: the model has no adapters; expected one of add_lora, or model.tune.lora_rank > 0")
     default = type(loaded.config.tune)()
     config = _tuned(loaded.config, **dataclasses.asdict(default))
-    model = nnx.clone(loaded.model)
-    for _, layer in nnx.iter_modules(model):
-        lora: Any = getattr(layer, "lora", None)
-        if lora is not None:
-            kernel: nnx.Param = layer.kernel  # pyright: ignore[reportAttributeAccessIssue]
-            kernel[...] = kernel[...] + lora.lora_a[...] @ lora.lora_b[...]
-    summed = dataclasses.replace(loaded, model=model)
-    return transplant(summed, config, whole, "merge_lora: kernel + lora_a @ lora_b where there was an adapter")
+    values = tensors(loaded.model)
+    for path in [path for path in values if path[-1] == "lora_a"]:
+        kernel = (*path[:-2], "kernel")
+        values[kernel] = values[kernel] + values[path] @ values[*path[:-1], "lora_b"]
+    return transplant(loaded, config, whole, "merge_lora: kernel + lora_a @ lora_b", values=values)
 
 
 def _tuned(config: ModelConfig, **fields: Any) -> ModelConfig:

@@ -1,7 +1,8 @@
 """What all surgery comes down to: the model of a changed configuration, with every tensor that fits moved over."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -89,6 +90,7 @@ def transplant(
     operation: str,
     *,
     categories: Categories | None = None,
+    values: Mapping[Path, np.ndarray] | None = None,
     notes: Iterable[str] = (),
     seed: int = 0,
 ) -> Operated:
@@ -102,43 +104,38 @@ def transplant(
         rule: where each tensor comes from.
         operation: what is done, in a line.
         categories: of the new detector; `None` keeps the old ones.
+        values: tensors instead of, or besides, those of the old detector.
         notes: for the report.
         seed: of what is initialised.
     """
     old = tensors(loaded.model)
+    donors = {**old, **(values or {})}
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(seed))))
-    fresh: dict[Path, np.ndarray] = {}
+
+    @functools.cache
+    def initialised():
+        return tensors(build(config, rngs=nnx.Rngs(seed)))
+
     leaves, kept, changed, new, used = [], [], [], [], set()
     for path, leaf in nnx.to_flat_state(abstract):
-        name = ".".join(map(str, path))
-        origin = rule(path)
-        donor = None if origin is None or origin.path is None else old.get(origin.path)
-        if origin is not None and origin.path is None:
-            value = np.full(leaf.shape, origin.fill, leaf.dtype)
-            new.append(name)
-        elif origin is None or donor is None or not _fits(donor, leaf.shape, origin):
-            fresh = fresh or tensors(build(config, rngs=nnx.Rngs(seed)))
-            value = fresh[path]
-            new.append(name)
-        elif origin.index is None:
-            value = donor * np.asarray(origin.scale, donor.dtype)
-            (kept if origin.scale == 1 else changed).append(name)
-            used.add(origin.path)
+        origin = rule(path) or Origin(None)
+        if origin.path is None and origin.fill is not None:
+            value, names = np.full(leaf.shape, origin.fill, leaf.dtype), new
+        elif origin.path is None or not _fits(donors.get(origin.path), leaf.shape, origin):
+            value, names = initialised()[path], new
         else:
-            axis = origin.axis % donor.ndim
-            value = np.take(donor, np.maximum(origin.index, 0), axis) * np.asarray(origin.scale, donor.dtype)
-            missing = origin.index < 0
-            if missing.any():
-                if origin.fill is None:
-                    fresh = fresh or tensors(build(config, rngs=nnx.Rngs(seed)))
-                    filling = fresh[path]
-                else:
-                    filling = np.full(leaf.shape, origin.fill, leaf.dtype)
-                column = [-1 if i == axis else 1 for i in range(donor.ndim)]
-                value = np.where(missing.reshape(column), filling, value)
-            same = value.shape == donor.shape and np.array_equal(value, donor)
-            (kept if same else changed).append(name)
+            donor, source = donors[origin.path], old.get(origin.path)
+            value = donor if origin.index is None else np.take(donor, np.maximum(origin.index, 0), origin.axis)
+            value = value * np.asarray(origin.scale, donor.dtype)
+            if origin.index is not None and (origin.index < 0).any():
+                filling = initialised()[path] if origin.fill is None else np.asarray(origin.fill, leaf.dtype)
+                missing = (origin.index < 0).reshape(
+                    [-1 if i == origin.axis % donor.ndim else 1 for i in range(donor.ndim)]
+                )
+                value = np.where(missing, filling, value)
+            names = kept if source is not None and np.array_equal(value, source) else changed
             used.add(origin.path)
+        names.append(".".join(map(str, path)))
         leaves.append((path, leaf.replace(jnp.asarray(value, leaf.dtype))))
     model = nnx.merge(graphdef, nnx.from_flat_state(leaves))
     changes = Changes(
@@ -147,11 +144,14 @@ def transplant(
         tuple(changed),
         tuple(new),
         tuple(".".join(map(str, path)) for path in old if path not in used),
-        (sum(tensor.size for tensor in old.values()), count(model)),
+        (count(loaded.model), count(model)),
         (trained(loaded.config, loaded.model), trained(config, model)),
         tuple(notes),
     )
-    return operated(loaded, changes, config=config, model=model, categories=categories or loaded.categories)
+    fields: dict[str, Any] = {field.name: getattr(loaded, field.name) for field in dataclasses.fields(Loaded)}
+    fields |= {"config": config, "model": model, "categories": categories or loaded.categories}
+    fields |= {"report": f"{loaded.report}\n{operation}", "changes": changes}
+    return Operated(**fields)
 
 
 def by_level(old: DeformableDETRConfig, places: Sequence[int], new_logit: float = 0.0) -> Rule:
@@ -190,13 +190,6 @@ def deformable(loaded: Loaded, operation: str) -> DeformableDETRConfig:
     return loaded.config
 
 
-def operated(loaded: Loaded, changes: Changes, **fields: Any) -> Operated:
-    """`loaded` with other fields, and the changes in its report."""
-    values = {field.name: getattr(loaded, field.name) for field in dataclasses.fields(Loaded)}
-    values["report"] = f"{loaded.report}\n{changes.operation}"
-    return Operated(**values | fields, changes=changes)
-
-
 def tensors(model: nnx.Module) -> dict[Path, np.ndarray]:
     """A model's tensors by path, on the host."""
     flat = nnx.to_flat_state(nnx.state(model))
@@ -215,12 +208,13 @@ def trained(config: ModelConfig, model: nnx.Module) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(split(config, model)[1]))
 
 
-def _fits(donor: np.ndarray, shape: tuple[int, ...], origin: Origin) -> bool:
+def _fits(donor: np.ndarray | None, shape: tuple[int, ...], origin: Origin) -> bool:
     """Whether a tensor can be moved: equal shapes, but for the axis that is indexed."""
+    if donor is None:
+        return False
     got, expected = list(donor.shape), list(shape)
     if origin.index is not None and len(got) == len(expected):
-        axis = origin.axis % donor.ndim
-        got[axis], expected[axis] = len(origin.index), expected[axis]
+        got[origin.axis] = len(origin.index)
     return got == expected
 
 

@@ -6,9 +6,10 @@ from detr_jax.config import DeformableDETRConfig, DETRConfig
 from detr_jax.models.adapters import add_adapters, check_names, held
 from detr_jax.models.deformable_detr import DeformableDETR
 from detr_jax.models.detr import DETR
+from detr_jax.models.encoder import DeformableEncoder, DETREncoder
 from detr_jax.models.resnet import Buffer, ResNet, frozen
 
-__all__ = ["DETR", "Buffer", "DeformableDETR", "ResNet", "build", "frozen", "split"]
+__all__ = ["DETR", "Buffer", "DETREncoder", "DeformableDETR", "DeformableEncoder", "ResNet", "build", "frozen", "split"]
 
 
 def build(config: DETRConfig | DeformableDETRConfig, *, rngs: nnx.Rngs) -> DETR | DeformableDETR:
