@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -219,11 +220,11 @@ def _fits(donor: np.ndarray | None, shape: tuple[int, ...], origin: Origin) -> b
 
 
 def _grouped(names: Sequence[str]) -> list[str]:
-    """Names as `module (number of tensors)` at a depth where there are at most eight, for people."""
-    groups: list[str] = list(names)
-    for depth in (4, 3, 2, 1):
+    """Names, for people: from nine on their modules, layers together, at a depth where there are at most eight."""
+    groups = list(names)
+    for depth in (5, 4, 3, 2, 1):
         if len(groups) <= 8:
             break
-        heads = [".".join(name.split(".")[:depth]) for name in names]
-        groups = [f"{head}.* ({heads.count(head)})" for head in dict.fromkeys(heads)]
+        modules = [re.sub(r"\.\d+", "[...]", ".".join(name.split(".")[:-1][:depth])) or name for name in names]
+        groups = [f"{module} ({modules.count(module)})" for module in dict.fromkeys(modules)]
     return groups
