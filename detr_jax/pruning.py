@@ -60,7 +60,7 @@ def difference(before: Loaded, after: Loaded, photos: Sequence[Photo], *, thresh
             logits.append(np.abs(now["pred_logits"] - was["pred_logits"]).mean())
             boxes.append(np.abs(now["pred_boxes"] - was["pred_boxes"]).mean())
         (scores, labels, places), (new_scores, new_labels, new_places) = seen, still
-        iou = np.asarray(box_iou(jnp.asarray(places), jnp.asarray(new_places))[0])
+        iou = np.asarray(box_iou(jnp.asarray(places), jnp.asarray(new_places)))
         match = (iou >= 0.5) & (labels[:, None] == new_labels) & (new_scores >= threshold)
         found += int((scores >= threshold).sum())
         kept += int(match.any(1)[scores >= threshold].sum())

@@ -1,7 +1,6 @@
 """What all surgery comes down to: the model of a changed configuration, with every tensor that fits moved over."""
 
 import dataclasses
-import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -113,29 +112,29 @@ def transplant(
     donors = {**old, **(values or {})}
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(seed))))
 
-    @functools.cache
-    def initialised():
-        return tensors(build(config, rngs=nnx.Rngs(seed)))
-
+    origins = {tuple(path): rule(tuple(path)) or Origin(None) for path, _ in nnx.to_flat_state(abstract)}
+    places = {
+        path: origin.path if origin.path is not None and _fits(donors.get(origin.path), leaf.shape, origin) else None
+        for (path, leaf), origin in zip(nnx.to_flat_state(abstract), origins.values(), strict=True)
+    }
+    fresh = _initialised(config, seed, [path for path in origins if _needs(origins[path], places[path])])
     leaves, kept, changed, new, used = [], [], [], [], set()
     for path, leaf in nnx.to_flat_state(abstract):
-        origin = rule(path) or Origin(None)
-        if origin.path is None and origin.fill is not None:
-            value, names = np.full(leaf.shape, origin.fill, leaf.dtype), new
-        elif origin.path is None or not _fits(donors.get(origin.path), leaf.shape, origin):
-            value, names = initialised()[path], new
+        origin, place = origins[path], places[path]
+        filling: Any = fresh.get(path) if origin.fill is None else np.full(leaf.shape, origin.fill, leaf.dtype)
+        if place is None:
+            value, names = filling, new
         else:
-            donor, source = donors[origin.path], old.get(origin.path)
+            donor, source = donors[place], old.get(place)
             value = donor if origin.index is None else np.take(donor, np.maximum(origin.index, 0), origin.axis)
             value = value * np.asarray(origin.scale, donor.dtype)
             if origin.index is not None and (origin.index < 0).any():
-                filling = initialised()[path] if origin.fill is None else np.asarray(origin.fill, leaf.dtype)
-                missing = (origin.index < 0).reshape(
-                    [-1 if i == origin.axis % donor.ndim else 1 for i in range(donor.ndim)]
+                missing = np.expand_dims(
+                    origin.index < 0, [i for i in range(donor.ndim) if i != origin.axis % donor.ndim]
                 )
                 value = np.where(missing, filling, value)
             names = kept if source is not None and np.array_equal(value, source) else changed
-            used.add(origin.path)
+            used.add(place)
         names.append(".".join(map(str, path)))
         leaves.append((path, leaf.replace(jnp.asarray(value, leaf.dtype))))
     model = nnx.merge(graphdef, nnx.from_flat_state(leaves))
@@ -207,6 +206,25 @@ def count(model: nnx.Module) -> int:
 def trained(config: ModelConfig, model: nnx.Module) -> int:
     """Numbers in those that are trained."""
     return sum(leaf.size for leaf in jax.tree.leaves(split(config, model)[1]))
+
+
+def _needs(origin: Origin, place: Path | None) -> bool:
+    """Whether something of a tensor is as initialised."""
+    return origin.fill is None and (place is None or (origin.index is not None and bool((origin.index < 0).any())))
+
+
+def _initialised(config: ModelConfig, seed: int, paths: Sequence[Path]) -> dict[Path, np.ndarray]:
+    """These tensors of a new model; the others are not computed."""
+    if not paths:
+        return {}
+
+    def init():
+        flat = {
+            tuple(path): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(build(config, rngs=nnx.Rngs(seed))))
+        }
+        return [flat[path] for path in paths]
+
+    return dict(zip(paths, jax.device_get(jax.jit(init)()), strict=True))
 
 
 def _fits(donor: np.ndarray | None, shape: tuple[int, ...], origin: Origin) -> bool:

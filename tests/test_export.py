@@ -12,7 +12,7 @@ import pytest
 import transformers_weights
 from PIL import Image
 
-from detr_jax import surgery
+from detr_jax import cli, surgery
 from detr_jax.categories import Categories
 from detr_jax.config import BackboneConfig, DeformableDETRConfig, DETRConfig
 from detr_jax.detector import Detector, Loaded
@@ -51,10 +51,11 @@ def loaded(config) -> Loaded:
 @pytest.mark.parametrize("config", [DEFORMABLE, DETRConfig(**SMALL)], ids=["deformable", "detr"])
 def test_runs_alone_and_finds_the_same(config, tmp_path):
     detector = loaded(config)
+    detector.save(tmp_path / "run")
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8))
     photo.save(tmp_path / "photo.png")
     # The canvas that the detector itself takes for a photo of 3:4.
-    surgery.export(detector, tmp_path / "detector.zip", canvas=(64, 96))
+    cli.main(["export", str(tmp_path / "run"), str(tmp_path / "detector.zip"), "--canvas", "64", "96"])
     with zipfile.ZipFile(tmp_path / "detector.zip") as archive:
         about = json.loads(archive.read("about.json"))
     assert about["platforms"] == ["cpu", "tpu", "cuda"] and about["category_names"] == ["RBC", "WBC", "platelet"]

@@ -11,7 +11,7 @@ import transformers_weights
 from flax import nnx
 
 import detr_jax
-from detr_jax import checkpoint, surgery, training
+from detr_jax import checkpoint, cli, surgery, training
 from detr_jax.categories import Categories
 from detr_jax.config import (
     BackboneConfig,
@@ -148,13 +148,16 @@ RECIPES = {
         lambda: surgery.change_layers(loaded(MULTI, encoder_layers=2), encoder=[1], decoder=[None]),
         ("encoder.0.ffn", "decoder.0.ffn.linear2"),
     ),
-    "upgrade": (lambda: surgery.upgrade(loaded(SINGLE), num_levels=2), ("level_embed", "input_proj")),
-    "prune_levels": (lambda: surgery.prune_levels(loaded(MULTI, num_levels=3), 2), ("level_embed", "input_proj")),
+    "upgrade": (lambda: surgery.upgrade(loaded(SINGLE), num_levels=2), ("level_embed", "input_proj.0.conv.kernel")),
+    "prune_levels": (
+        lambda: surgery.prune_levels(loaded(MULTI, num_levels=3), 2),
+        ("level_embed", "input_proj.0.conv.kernel"),
+    ),
     "prune_points": (
         lambda: surgery.prune_points(loaded(MULTI, decoder_points=3), decoder=2, photos=noise(1)),
         ("decoder.0.cross_attn.sampling_offsets",),
     ),
-    "soup": (lambda: surgery.soup([loaded(MULTI), loaded(MULTI)]), ("decoder",)),
+    "soup": (lambda: surgery.soup([loaded(MULTI), loaded(MULTI)]), ("decoder.0.ffn",)),
     "merge_lora": (
         lambda: surgery.freeze(surgery.merge_lora(surgery.add_lora(loaded(MULTI), 2)), "backbone"),
         ("decoder.0.self_attn.value",),
@@ -171,9 +174,7 @@ def of_five_classes() -> Loaded:
 def test_operated_models_train_and_survive_a_checkpoint(name, tmp_path):
     operate, moves = RECIPES[name]
     new = operate()
-    assert new.config == MULTI and new.changes.operation.startswith(
-        name[:4] if name != "add_layers" else "change_layers"
-    )
+    assert new.config == MULTI
     assert_trains(new, tmp_path, moves=moves)
 
 
@@ -332,7 +333,7 @@ def test_backbones(tmp_path):
     assert {name.split(".")[0] for name in deeper.changes.new} == {"backbone"}  # ResNet-34 is as wide as ResNet-18
     wider = surgery.swap_backbone(old, BackboneConfig(depth=50, freeze_at=2))
     new = {name.rsplit(".", 1)[0] for name in wider.changes.new if not name.startswith("backbone")}
-    assert new == {"input_proj.0.conv", "input_proj.1.conv"} - {"input_proj.0.norm"}
+    assert new == {"input_proj.0.conv", "input_proj.1.conv"}
     same = surgery.swap_backbone(old, dataclasses.replace(old.config.backbone, dilation=True))
     assert len(same.changes.kept) == len(tensors(old.model))
     donor = loaded(dataclasses.replace(DETR, tune=TuneConfig()))
@@ -340,8 +341,16 @@ def test_backbones(tmp_path):
     theirs, ours = tensors(donor.model), tensors(taken.model)
     for path in (path for path in theirs if path[0] == "backbone"):
         np.testing.assert_array_equal(ours[path], theirs[path])
-    assert_close(run(taken)["pred_logits"], run(dataclasses.replace(old, model=taken.model))["pred_logits"])
-    assert_trains(taken, tmp_path, moves=("backbone.stem_conv",), stays=())
+    taken.save(tmp_path / "taken")
+    again = tensors(detr_jax.load(tmp_path / "taken").model)
+    assert all((again[path] == ours[path]).all() for path in ours)
+
+
+@pytest.mark.slow
+def test_a_swapped_backbone_trains(tmp_path):
+    old = loaded(MULTI, tune=TuneConfig())
+    new = surgery.swap_backbone(old, BackboneConfig(depth=18, norm="group", freeze_at=1), weights=None)
+    assert_trains(new, tmp_path, moves=("backbone.stages.3",), stays=())
 
 
 def test_freezing_is_followed_by_training_and_checkpoints(tmp_path):
@@ -356,7 +365,7 @@ def test_freezing_is_followed_by_training_and_checkpoints(tmp_path):
         surgery.freeze(surgery.change_queries(old, 2), *{str(path[0]) for path in tensors(old.model)})
 
 
-@pytest.mark.parametrize("config", [TWO_STAGE, DETR], ids=["two_stage", "detr"])
+@pytest.mark.parametrize("config", [MULTI, DETR], ids=["deformable", "detr"])
 def test_lora_starts_as_the_identity_trains_alone_and_merges(config, tmp_path):
     old = loaded(config)
     new = surgery.add_lora(old, rank=2)
@@ -444,6 +453,9 @@ def test_soups_are_averages(tmp_path):
     mixed = surgery.soup([one, tmp_path / "two"], weights=[3, 1])
     assert mixed.changes.changed == ("level_embed",) and "0.750 of 0" in str(mixed.changes)
     np.testing.assert_allclose(mixed.model.level_embed[...], one.model.level_embed[...] + 1, rtol=1e-6)
+    cli.main(["soup", str(tmp_path / "two"), str(tmp_path / "two"), "--out", str(tmp_path / "mixed")])
+    same = detr_jax.load(tmp_path / "mixed").model
+    np.testing.assert_array_equal(same.level_embed[...], two.model.level_embed[...])
     with pytest.raises(ValueError, match=r"source 1 is of another architecture: decoder\.1\..* \[.*\], not missing"):
         surgery.soup([one, loaded(MULTI, decoder_layers=2)])
     with pytest.raises(ValueError, match=r"source 1 has the classes \('cat'"):
