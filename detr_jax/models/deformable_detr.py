@@ -158,7 +158,7 @@ class DeformableDETR(nnx.Module):
             `[b, s, k]` and `[b, s, 4]`, the proposals of all tokens.
         """
         tokens, position, valid_maps = self.levels(images, sizes)
-        spatial_shapes = tuple(v.shape[1:] for v in valid_maps)
+        spatial_shapes = tuple((v.shape[1], v.shape[2]) for v in valid_maps)
         valid = jnp.concatenate([v.reshape(len(v), -1) for v in valid_maps], 1)
         # [b, l, 2]: the share of each level's map (x, y) that the image fills.
         valid_ratios = jnp.stack([jnp.stack([v[:, 0].mean(-1), v[:, :, 0].mean(-1)], -1) for v in valid_maps], 1)

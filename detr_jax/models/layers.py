@@ -33,6 +33,7 @@ class Linear(nnx.Linear):
 
     def interleaved(self, inputs: jax.Array, n: int) -> list[jax.Array]:
         """Every `n`-th output, from the first, second, ... on: slices of the output without their cost on TPUs."""
+        assert self.bias is not None
         kernel, bias = self.kernel[...], self.bias[...]
         dtype = self.dtype or jnp.result_type(inputs, kernel)
         return [

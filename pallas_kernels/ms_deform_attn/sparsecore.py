@@ -101,7 +101,8 @@ def corners(split: "Split", locations: jax.Array, weights: jax.Array) -> tuple[j
     column, left, right = along(0, width)
     row, upper, lower = along(1, height)
     upper, lower = (split.chunked(weights) * x for x in (upper, lower))
-    return start + row * width + column, jnp.concatenate([upper * left, upper * right, lower * left, lower * right], -2)
+    address = jnp.asarray(start + row * width + column)
+    return address, jnp.concatenate([upper * left, upper * right, lower * left, lower * right], -2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

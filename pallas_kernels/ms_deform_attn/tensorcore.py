@@ -101,7 +101,7 @@ def ms_deform_attn_tensorcore(
     weight = jnp.where(inside, rows(attention_weights), 0)
     x, y = jnp.where(inside, x, OUTSIDE), jnp.where(inside, y, OUTSIDE)
 
-    output = _attend(value, x, y, weight, order, interpret)  # [b, h, d, queries]
+    output = jnp.asarray(_attend(value, x, y, weight, order, interpret))  # [b, h, d, queries]
     output = output.transpose(0, 3, 1, 2)[..., :d]
     return order.from_blocks(output) if permute else output[:, :q]
 
@@ -190,7 +190,7 @@ def _touched_kernel(x_ref, y_ref, leftmost_ref, rightmost_ref, *, groups, points
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(value, x, y, weight, order, interpret):
+def _attend(value, x, y, weight, order, interpret) -> jax.Array:
     """`[b, h, d, length]` and three times `[b, h, l * p, n * 128]` -> `[b, h, d, n * 128]`."""
     return _attend_forward(value, x, y, weight, order, interpret)[0]
 
@@ -550,6 +550,7 @@ def _backward_kernel(
         def iteration(_, carry):
             units, state = carry
             indices = [unit for unit, _, _ in units]
+            products = jnp.zeros((TILE, TILE), jnp.float32)
             for k, (_, column, place) in enumerate(units):
                 if k % 2 == 0:
                     pixels = [
