@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-slow parity lint clean
+.PHONY: demo test test-slow notebooks parity lint clean
 
 # Huge pages make a step on the CPU an eighth shorter on Linux; other systems ignore the variable.
 demo: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
@@ -18,6 +18,10 @@ test: $(VENV)/.installed-test
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow
+
+# Each one in its short form, from a clean kernel, on the wheel.
+notebooks: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 0 -m slow tests/test_notebooks.py
 
 parity: $(VENV)/.installed-parity
 	$(BIN)/python -m pytest -m parity

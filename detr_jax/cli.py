@@ -12,7 +12,7 @@ from typing import Literal
 import tyro
 from tqdm import tqdm
 
-from detr_jax import checkpoint, pretrained
+from detr_jax import checkpoint, pretrained, surgery
 from detr_jax.config import Config, DataConfig, from_dict
 from detr_jax.data.image import DataError
 from detr_jax.detector import Detector, load
@@ -194,9 +194,36 @@ def convert(
     print(f"wrote {target}, {naming} names")
 
 
+def export(
+    checkpoint: tyro.conf.Positional[str], out: tyro.conf.Positional[str], /, canvas: tuple[int, int], batch: int = 1
+) -> None:
+    """Export a detector as one file that runs without this package: python FILE photo.jpg.
+
+    Args:
+        checkpoint: As predict takes it.
+        out: The file, such as detector.zip.
+        canvas: Height and width in pixels that photos are padded to, multiples of 32.
+        batch: Photos in a call.
+    """
+    surgery.export(load(checkpoint), out, canvas, batch)
+    print(f"wrote {out}: python {out} photo.jpg")
+
+
+def soup(checkpoints: tyro.conf.Positional[tuple[str, ...]], /, out: str) -> None:
+    """Average checkpoints of one architecture.
+
+    Args:
+        checkpoints: Two or more, as predict takes them.
+        out: Folder of the new checkpoint.
+    """
+    mixed = surgery.soup(checkpoints)
+    mixed.save(out)
+    print(f"{mixed.changes}\nwrote {out}")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """`detr-jax predict`, `detr-jax visualize` and `detr-jax convert`."""
-    commands = {"predict": predict, "visualize": visualize, "convert": convert}
+    """`detr-jax predict`, `visualize`, `convert`, `export` and `soup`."""
+    commands = {"predict": predict, "visualize": visualize, "convert": convert, "export": export, "soup": soup}
     tyro.extras.subcommand_cli_from_dict(commands, prog="detr-jax", args=argv)
 
 

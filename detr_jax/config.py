@@ -28,6 +28,18 @@ class BackboneConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TuneConfig:
+    """What of the model is trained, besides `backbone.freeze_at`: all of it, if nothing is said here."""
+
+    freeze: tuple[str, ...] = ()
+    """Parts that are not trained, by names on the parameters' paths, such as `encoder` or `decoder.0.self_attn`."""
+    lora_rank: int = 0
+    """Rank of low-rank adapters on linear layers; 0 is none. Adapters are trained whatever is frozen."""
+    lora_on: tuple[str, ...] = ("value_proj", "output_proj", "query", "value")
+    """The linear layers that get one, named as in `freeze`."""
+
+
+@dataclasses.dataclass(frozen=True)
 class DETRConfig:
     """DETR (Carion et al., ECCV 2020)."""
 
@@ -55,6 +67,8 @@ class DETRConfig:
     """Position encoding of the feature map."""
     dtype: Dtype = "float32"
     """Compute type; parameters, coordinates and losses stay float32."""
+    tune: TuneConfig = TuneConfig()
+    """What of it is trained."""
 
     def __post_init__(self):
         _check_model(self, multiple=4)
@@ -116,6 +130,8 @@ class DeformableDETRConfig:
     """Implementation of `pallas_kernels.ms_deform_attn`; `None` takes the best for the platform."""
     dtype: Dtype = "float32"
     """Compute type; parameters, coordinates and losses stay float32."""
+    tune: TuneConfig = TuneConfig()
+    """What of it is trained."""
 
     def __post_init__(self):
         _check_model(self, multiple=32)
@@ -166,6 +182,8 @@ def _check_model(model: ModelConfig, *, multiple: int) -> None:
         value = getattr(model, name, 1)
         if value < 1:
             raise ValueError(f"model.{name}={value} must be at least 1")
+    if model.tune.lora_rank < 0:
+        raise ValueError(f"model.tune.lora_rank={model.tune.lora_rank} must be at least 0")
     for factor, what in ((multiple, str(multiple)), (model.num_heads, f"model.num_heads={model.num_heads}")):
         if model.hidden_dim % factor or model.hidden_dim < 1:
             raise ValueError(f"model.hidden_dim={model.hidden_dim} must be a multiple of {what}")
@@ -346,6 +364,7 @@ def model_from_dict(values: Mapping[str, Any], model: str) -> ModelConfig:
     """As `from_dict`, for `Config.model` alone."""
     fields = _tuples(values)
     fields["backbone"] = BackboneConfig(**fields["backbone"])
+    fields["tune"] = TuneConfig(**fields.get("tune", {}))  # older checkpoints have none
     return {cls.__name__: cls for cls in (DETRConfig, DeformableDETRConfig)}[model](**fields)
 
 

@@ -147,6 +147,8 @@ def fine_tuned(
 ) -> tuple[dict, dict, str]:
     """Parameters and buffers of a new model, taken from a checkpoint; the class heads only if it has the same classes.
 
+    Adapters (`config.tune`) that the checkpoint does not have start anew.
+
     Args:
         path: of the checkpoint; see `load`.
         config: of the new model.
@@ -169,7 +171,7 @@ def fine_tuned(
         nonlocal loaded
         keys = tuple(part.key for part in location[1:])
         found = theirs.pop(keys, None)
-        if keys[0] == "class_embed" and not same_classes:
+        if (keys[0] == "class_embed" and not same_classes) or (found is None and "lora" in keys):
             anew.append(".".join(map(str, keys)))
             return leaf
         if found is None or found.shape != leaf.shape:
@@ -182,7 +184,9 @@ def fine_tuned(
     new_params, new_buffers = jax.tree_util.tree_map_with_path(replace, (params, buffers))
     problems += [f"  {'.'.join(map(str, keys))}: {list(leaf.shape)}, not expected" for keys, leaf in theirs.items()]
     if problems:
-        fields = (field.name for field in dataclasses.fields(config) if field.name not in ("num_classes", "dropout"))
+        fields = (
+            field.name for field in dataclasses.fields(config) if field.name not in ("num_classes", "dropout", "tune")
+        )
         differ = [
             f"  model.{name}: {getattr(source.config, name, 'none')} in the file, {getattr(config, name)} here"
             for name in fields
@@ -230,7 +234,7 @@ class Detector:
         @jax.jit
         def detect(state, pixels, sizes, orig_sizes):
             self.compilations += 1  # Python runs this once a compilation
-            outputs = nnx.merge(graphdef, state)(normalized(pixels, sizes), sizes)
+            outputs = nnx.merge(graphdef, state)(normalised(pixels, sizes), sizes)
             return postprocess(outputs, orig_sizes, classification=loaded.classification)
 
         self._detect = detect
@@ -333,8 +337,8 @@ def filled(
     return pixels, sizes, orig_sizes
 
 
-def normalized(pixels: jax.Array, sizes: jax.Array) -> jax.Array:
-    """Pixels of canvases, uint8 [b, H, W, 3], as the model takes them: float32, zero in the padding."""
+def normalised(pixels: jax.Array, sizes: jax.Array) -> jax.Array:
+    """What models take: uint8 `[b, H, W, 3]` and int `[b, 2]` -> float32 `[b, H, W, 3]`, zero in the padding."""
     inside = (jnp.arange(pixels.shape[1]) < sizes[:, :1])[:, :, None, None]
     inside &= (jnp.arange(pixels.shape[2]) < sizes[:, 1:])[:, None, :, None]
     return jnp.where(inside, (pixels / np.float32(255) - IMAGENET_MEAN) / IMAGENET_STD, 0)

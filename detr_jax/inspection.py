@@ -21,7 +21,7 @@ from PIL import Image
 from detr_jax.boxes import cxcywh_to_xyxy
 from detr_jax.categories import Categories
 from detr_jax.config import DETRConfig, ModelConfig
-from detr_jax.detector import Detector, Photo, normalized, open_photo
+from detr_jax.detector import Detector, Photo, normalised, open_photo
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -164,7 +164,7 @@ class Inspector:
         @jax.jit
         def look(state, pixels, sizes, points):
             model = nnx.merge(graphdef, state)
-            outputs, captured = nnx.capture(model, nnx.Intermediate)(normalized(pixels, sizes), sizes)
+            outputs, captured = nnx.capture(model, nnx.Intermediate)(normalised(pixels, sizes), sizes)
             return _first_image(outputs, nnx.to_pure_dict(captured), points)
 
         @jax.jit
@@ -178,7 +178,7 @@ class Inspector:
                 scores = jax.nn.sigmoid(logits) if focal else jax.nn.softmax(logits)
                 return jnp.append(outputs["pred_boxes"][0, query], scores[label])
 
-            _, pull_back = jax.vjp(detection, normalized(pixels, sizes))
+            _, pull_back = jax.vjp(detection, normalised(pixels, sizes))
             return jax.lax.map(lambda row: jnp.linalg.norm(pull_back(row)[0][0], axis=-1), jnp.eye(5))
 
         self._look, self._gradients = look, gradients

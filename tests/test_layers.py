@@ -7,12 +7,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEVELS = {
-    **dict.fromkeys(["config", "boxes", "categories"], 0),
+    **dict.fromkeys(["config", "boxes", "categories", "exported"], 0),
     **dict.fromkeys(["matching", "losses", "models", "data", "dialects", "pretrained", "tensor_files"], 1),
     **dict.fromkeys(["sharding", "checkpoint", "metrics"], 2),
     **dict.fromkeys(["pictures", "panels", "curves", "inspection", "errors"], 3),
     **dict.fromkeys(["attention_figures", "prediction_figures", "error_figures", "visualize"], 3),
     **dict.fromkeys(["evaluation", "detector", "training", "cli"], 3),
+    **dict.fromkeys(["surgery", "transplant", "pruning", "soup", "export"], 3),
 }
 FILES = sorted([*(ROOT / "detr_jax").rglob("*.py"), *(ROOT / "pallas_kernels").rglob("*.py")])
 

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from detr_jax.models.layers import Dropout, capture, linear
-from pallas_kernels import ms_deform_attn
+from pallas_kernels import BlockOrder, block_order, ms_deform_attn
+from pallas_kernels.ms_deform_attn import best_implementation
 
 
 class MultiHeadAttention(nnx.Module):
@@ -79,6 +81,8 @@ class MSDeformAttn(nnx.Module):
         tokens: jax.Array,
         spatial_shapes: Sequence[tuple[int, int]],
         valid: jax.Array,
+        *,
+        in_blocks: bool = False,
     ) -> jax.Array:
         """Attend to `tokens` around `reference_points`.
 
@@ -88,6 +92,7 @@ class MSDeformAttn(nnx.Module):
             tokens: `[b, s, c]`, levels one after another.
             spatial_shapes: (height, width) of each level.
             valid: `[b, s]`, False at padding, whose projected value counts as zero.
+            in_blocks: the tokens are in `token_order`, and the queries too if they are the tokens.
 
         Returns:
             `[b, q, c]`.
@@ -96,19 +101,30 @@ class MSDeformAttn(nnx.Module):
         grid = (b, q, self.num_heads, self.num_levels, self.num_points)
         value = jnp.where(valid[..., None], self.value_proj(tokens), 0)
         value = value.reshape(*value.shape[:2], self.num_heads, -1)
-        offsets = self.sampling_offsets(query).reshape(*grid, 2).astype(jnp.float32)
+        x, y = (z.reshape(grid).astype(jnp.float32) for z in self.sampling_offsets.interleaved(query, 2))
         weights = self.attention_weights(query).reshape(*grid[:3], -1).astype(jnp.float32)
         weights = jax.nn.softmax(weights).reshape(grid)
         reference = reference_points[:, :, None, :, None]
         if reference.shape[-1] == 2:
-            locations = reference + offsets / jnp.array([(w, h) for h, w in spatial_shapes], jnp.float32)[:, None]
+            sizes = np.array([(w, h) for h, w in spatial_shapes], np.float32)[:, None]
+            x, y = reference[..., 0] + x / sizes[..., 0], reference[..., 1] + y / sizes[..., 1]
         else:
-            locations = reference[..., :2] + offsets / self.num_points * reference[..., 2:] * 0.5
+            x = reference[..., 0] + x / self.num_points * reference[..., 2] * 0.5
+            y = reference[..., 1] + y / self.num_points * reference[..., 3] * 0.5
+        locations = jnp.stack([x, y], -1)
         capture(self, "reference_points", reference_points)
         capture(self, "sampling_locations", locations)  # [b, q, h, l, p, 2] (x, y) in 0-1 of each level's map
         capture(self, "attention_weights", weights)  # [b, q, h, l, p]
-        output = ms_deform_attn(value, spatial_shapes, locations, weights, implementation=self.implementation)
+        output = ms_deform_attn(
+            value, spatial_shapes, locations, weights, implementation=self.implementation, in_blocks=in_blocks
+        )
         return self.output_proj(output.reshape(b, q, -1))
+
+
+def token_order(implementation: str | None, spatial_shapes: Sequence[tuple[int, int]]) -> BlockOrder | None:
+    """How an encoder should order its tokens: in blocks for the TPU's kernel, else (`None`) row by row."""
+    name = implementation or best_implementation()
+    return block_order(spatial_shapes) if name == "tensorcore" else None
 
 
 def offset_directions(num_heads: int, num_levels: int, num_points: int) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from detr_jax.config import DeformableDETRConfig
-from detr_jax.models.attention import MSDeformAttn, MultiHeadAttention
+from detr_jax.models.attention import MSDeformAttn, MultiHeadAttention, token_order
 from detr_jax.models.layers import MLP, Dropout, FeedForward, capture, inverse_sigmoid, layer_norm, linear
 from detr_jax.models.position import sine_boxes, sine_map
 from detr_jax.models.resnet import Conv, GroupNorm, ResNet, masked, valid_cells, valid_nearest
@@ -24,8 +24,8 @@ class EncoderLayer(nnx.Module):
         self.norm1, self.norm2 = (layer_norm(c, dtype=dtype, rngs=rngs) for _ in range(2))
         self.dropout = Dropout(config.dropout)
 
-    def __call__(self, x, position, reference_points, spatial_shapes, valid, rngs):
-        attended = self.self_attn(x + position, reference_points, x, spatial_shapes, valid)
+    def __call__(self, x, position, reference_points, spatial_shapes, valid, rngs, *, in_blocks=False):
+        attended = self.self_attn(x + position, reference_points, x, spatial_shapes, valid, in_blocks=in_blocks)
         x = self.norm1(x + self.dropout(attended, rngs))
         return self.norm2(x + self.dropout(self.ffn(x, rngs), rngs))
 
@@ -41,10 +41,12 @@ class DecoderLayer(nnx.Module):
         self.norm1, self.norm2, self.norm3 = (layer_norm(c, dtype=dtype, rngs=rngs) for _ in range(3))
         self.dropout = Dropout(config.dropout)
 
-    def __call__(self, x, query_position, reference_points, memory, spatial_shapes, valid, rngs):
+    def __call__(self, x, query_position, reference_points, memory, spatial_shapes, valid, rngs, *, in_blocks=False):
         query = x + query_position
         x = self.norm1(x + self.dropout(self.self_attn(query, query, x, rngs=rngs), rngs))
-        attended = self.cross_attn(x + query_position, reference_points, memory, spatial_shapes, valid)
+        attended = self.cross_attn(
+            x + query_position, reference_points, memory, spatial_shapes, valid, in_blocks=in_blocks
+        )
         x = self.norm2(x + self.dropout(attended, rngs))
         return self.norm3(x + self.dropout(self.ffn(x, rngs), rngs))
 
@@ -165,14 +167,24 @@ class DeformableDETR(nnx.Module):
 
         centres = jnp.concatenate([cell_boxes(v, 0.0)[..., :2] for v in valid_maps], 1)
         reference_points = centres[:, :, None] * valid_ratios[:, None]
+        proposals_valid = valid
+        # On TPUs, tokens that are neighbours on the map are kept together from here to the decoder.
+        if order := token_order(self.config.implementation, spatial_shapes):
+            inputs = (tokens, position, reference_points, valid)
+            tokens, position, reference_points, valid = (order.to_blocks(x) for x in inputs)
+        in_blocks = order is not None
         memory = tokens
         for layer in self.encoder:
-            memory = layer(memory, position, reference_points, spatial_shapes, valid, rngs)
+            memory = layer(memory, position, reference_points, spatial_shapes, valid, rngs, in_blocks=in_blocks)
 
         outputs = {}
         if self.config.two_stage:
             outputs["enc_outputs"], reference, query_position, x = self.proposals(
-                memory, valid, valid_maps, self.class_embed[-1], self.bbox_embed[-1]
+                order.from_blocks(memory) if order else memory,
+                proposals_valid,
+                valid_maps,
+                self.class_embed[-1],
+                self.bbox_embed[-1],
             )
         else:
             b = len(images)
@@ -185,7 +197,7 @@ class DeformableDETR(nnx.Module):
         for i, layer in enumerate(self.decoder):
             ratios = jnp.tile(valid_ratios, reference.shape[-1] // 2)
             reference_points = reference[:, :, None] * ratios[:, None]
-            x = layer(x, query_position, reference_points, memory, spatial_shapes, valid, rngs)
+            x = layer(x, query_position, reference_points, memory, spatial_shapes, valid, rngs, in_blocks=in_blocks)
             head = i if self.config.box_refinement else 0
             features = x.astype(jnp.float32)
             offset = inverse_sigmoid(reference)

@@ -91,23 +91,9 @@ class DETR(nnx.Module):
             `pred_logits [b, q, k + 1]` (the last class is "no object"), `pred_boxes [b, q, 4]` (cx, cy, w, h in
             0-1 of the valid image) and `aux_outputs`, the same of the earlier decoder layers, stacked in front.
         """
-        features = self.backbone(images, sizes)[-1]
-        b, h, w, _ = features.shape
-        if self.config.backbone.mask_padding:
-            valid = valid_cells(sizes, (h, w), 16 if self.config.backbone.dilation else 32)
-        else:
-            valid = valid_nearest(sizes, images.shape[1:3], (h, w))
-        position = self.position(valid) if self.position else sine_map(valid, self.config.hidden_dim, half_pixel=False)
-        position = position.reshape(b, h * w, -1).astype(features.dtype)
+        memory, position, valid = self.encode(images, sizes, rngs)
         capture(self, "valid_maps", (valid,))
-        valid = valid.reshape(b, h * w)
-
-        memory = self.input_proj(features).reshape(b, h * w, -1)
-        for layer in self.encoder:
-            memory = layer(memory, position, valid, rngs)
-        if self.encoder_norm:
-            memory = self.encoder_norm(memory)
-
+        b, valid = len(images), valid.reshape(len(images), -1)
         query_position = jnp.broadcast_to(self.query_embed[...], (b, *self.query_embed.shape)).astype(memory.dtype)
         x = jnp.zeros_like(query_position)
         hidden = []
@@ -121,3 +107,23 @@ class DETR(nnx.Module):
             "pred_boxes": boxes[-1],
             "aux_outputs": {"pred_logits": logits[:-1], "pred_boxes": boxes[:-1]},
         }
+
+    def encode(
+        self, images: jax.Array, sizes: jax.Array, rngs: nnx.Rngs | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The encoder's tokens and their position encoding, both `[b, h * w, c]`, and the valid map `[b, h, w]`."""
+        features = self.backbone(images, sizes)[-1]
+        b, h, w, _ = features.shape
+        if self.config.backbone.mask_padding:
+            valid = valid_cells(sizes, (h, w), 16 if self.config.backbone.dilation else 32)
+        else:
+            valid = valid_nearest(sizes, images.shape[1:3], (h, w))
+        position = self.position(valid) if self.position else sine_map(valid, self.config.hidden_dim, half_pixel=False)
+        position = position.reshape(b, h * w, -1).astype(features.dtype)
+
+        memory = self.input_proj(features).reshape(b, h * w, -1)
+        for layer in self.encoder:
+            memory = layer(memory, position, valid.reshape(b, h * w), rngs)
+        if self.encoder_norm:
+            memory = self.encoder_norm(memory)
+        return memory, position, valid

@@ -24,8 +24,10 @@ def ms_deform_attn_reference(
     spatial_shapes: Sequence[tuple[int, int]],
     sampling_locations: jax.Array,
     attention_weights: jax.Array,
+    *,
+    interpret: bool = False,
 ) -> jax.Array:
-    """Shapes and semantics of `ms_deform_attn`.
+    """Shapes and semantics of `ms_deform_attn`; `interpret` changes nothing.
 
     Pixel centres lie at half-integers (`align_corners=False`); pixels outside the map are zero. The output is not
     differentiable where a point crosses a pixel centre: the gradient there is that of the cell on its right and below.
@@ -87,7 +89,7 @@ def sparse_matmul(table: jax.Array, index: jax.Array, weight: jax.Array) -> jax.
 def _forward(block_rows, table, index, weight):
     def multiply(block):
         index, weight = block
-        return jnp.einsum("nkd,nk->nd", gather(table, index), weight)
+        return jnp.einsum("nkd,nk->nd", gather(table, index), weight, precision="highest")
 
     return unblocked(jax.lax.map(multiply, blocked((index, weight), block_rows)), len(index))
 
@@ -95,7 +97,7 @@ def _forward(block_rows, table, index, weight):
 def _backward(block_rows, table, index, weight, gradient):
     def multiply(grad_table, block):
         index, weight, gradient = block
-        grad_weight = jnp.einsum("nkd,nd->nk", gather(table, index), gradient)
+        grad_weight = jnp.einsum("nkd,nd->nk", gather(table, index), gradient, precision="highest")
         grad_rows = weight[..., None] * gradient[:, None]
         return grad_table.at[index].add(grad_rows, mode="promise_in_bounds"), grad_weight
 

@@ -39,3 +39,12 @@ SHAPES = {
     "decoder_800x1333": Shape(2, COCO_WIDE),
     "encoder_bccd_demo": Shape(4, ((30, 40), (15, 20), (8, 10)), None, head_dim=16),
 }
+
+SMALL = {
+    "one_of_each": Shape(1, ((1, 1),), 1, heads=1, head_dim=16, points=1),
+    "odd_encoder": Shape(2, ((11, 19), (6, 10), (3, 5)), None, heads=2, head_dim=16, points=3),
+    "odd_decoder": Shape(1, ((17, 9), (1, 1)), 131, heads=3, head_dim=24, points=2),
+    "wide_heads": Shape(1, ((9, 33),), 20, heads=1, head_dim=128, points=4),
+}
+"""Sizes that a test can run in interpret mode, each with what may go wrong: uneven maps, a level of one pixel, one
+query, a last tile that is not full, head widths that are no power of two."""
