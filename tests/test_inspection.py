@@ -27,7 +27,8 @@ def make_detector(config, classification):
 def deformable():
     """A two-stage Deformable DETR, and what it did on a photo of 640 x 480, shown to it as 80 x 60 on 96 x 64."""
     detector = make_detector(tiny.config().model, "focal")
-    return detector, Inspector(detector), Inspector(detector)(photo(), POINTS)
+    inspector = Inspector(detector)
+    return detector, inspector, inspector(photo(), POINTS)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def captured(detector, seen):
         outputs, found = nnx.capture(nnx.merge(graphdef, state), nnx.Intermediate)(normalized(pixels, sizes), sizes)
         return outputs, nnx.to_pure_dict(found)
 
-    return (*run(state), pixels.shape[1:3], sizes[0])
+    return *run(state), pixels.shape[1:3], sizes[0]
 
 
 def test_deformable(deformable):
@@ -58,21 +59,22 @@ def test_deformable(deformable):
     assert canvas == (64, 96) and size.tolist() == [60, 80]
     np.testing.assert_allclose(seen.boxes_cxcywh[-1], outputs["pred_boxes"][0], atol=1e-6)
     np.testing.assert_allclose(seen.logits[0], outputs["aux_outputs"]["pred_logits"][0, 0], atol=1e-5)
-    # Levels of 12 x 8 and 6 x 4 cells, of which the photo fills 10 x 8 and 5 x 4: 64, 60 and 128, 120 pixels of it.
-    filled = np.array([[10 / 12, 1], [5 / 6, 1]])
+    # Levels of 6 x 4 and 3 x 2 cells, of which the photo fills 5 x 4 and 3 x 2 (80 of 96 pixels are 2.5 cells).
+    filled = np.array([[5 / 6, 1], [1, 1]])
     for part, layers, ours, rows in (("decoder", 2, seen.decoder, slice(None)), ("encoder", 1, seen.encoder, None)):
         assert isinstance(ours, Sampling) and len(ours.weights) == layers
         for i in range(layers):
             layer = found[part][i]["cross_attn" if part == "decoder" else "self_attn"]
-            if rows is None:  # the cells of the points: (column, row) in each level, which starts at 0 and 96
-                cells = [[(0, 0), (0, 0)], [(9, 7), (4, 3)], [(5, 1), (2, 0)]]
-                rows = [96 * level + y * (12, 6)[level] + x for point in cells for level, (x, y) in enumerate(point)]
+            if rows is None:  # the cells of the points: (column, row) in each level, which start at 0 and 24
+                cells = [[(0, 0), (0, 0)], [(4, 3), (2, 1)], [(2, 0), (1, 0)]]
+                rows = [24 * level + y * (6, 3)[level] + x for point in cells for level, (x, y) in enumerate(point)]
             locations = np.asarray(layer["sampling_locations"])[0][rows] / filled[:, None] * (640, 480)
             np.testing.assert_allclose(ours.locations[i], locations, rtol=1e-5, atol=1e-2)  # of 640 pixels in float32
-            np.testing.assert_array_equal(ours.weights[i], np.asarray(layer["attention_weights"])[0][rows])
+            weights = np.asarray(layer["attention_weights"])[0][rows]
+            np.testing.assert_allclose(ours.weights[i], weights, atol=1e-5)  # another program: other roundings
     np.testing.assert_allclose(ours.weights.sum((-1, -2)), 1, atol=1e-5)
     # The cells that the points are in, centre by centre.
-    centres = [(32, 30), (64, 60), (608, 450), (576, 420), (352, 90), (320, 60)]
+    centres = [(64, 60), (320 / 3, 120), (576, 420), (1600 / 3, 360), (320, 60), (320, 120)]
     np.testing.assert_allclose(seen.encoder.references[0], centres, atol=1e-2)
 
 
@@ -81,8 +83,8 @@ def test_refinement_starts_from_the_proposals(deformable):
     xy, wh = seen.decoder.references[..., :2], seen.decoder.references[..., 2:]
     corners = np.concatenate([xy - wh / 2, xy + wh / 2], -1)
     proposals = seen.proposals
-    assert proposals.shapes == ((8, 12), (4, 6)) and proposals.boxes_xyxy.shape == (120, 4)
-    np.testing.assert_allclose(proposals.cells, [(64, 60), (128, 120)], rtol=1e-5)
+    assert proposals.shapes == ((4, 6), (2, 3)) and proposals.boxes_xyxy.shape == (30, 4)
+    np.testing.assert_allclose(proposals.cells, [(128, 120), (640 / 3, 240)], rtol=1e-5)
     # float32, up to 640 pixels.
     usable = ~np.isnan(proposals.boxes_xyxy[proposals.chosen]).any(-1)
     assert usable.sum() > 10
@@ -114,16 +116,17 @@ def test_detr(detr):
     assert isinstance(seen.decoder, Maps) and isinstance(seen.encoder, Maps)
     assert seen.decoder.cell == pytest.approx((32 * 640 / 80, 32 * 480 / 60))
     weights = np.asarray(found["decoder"][1]["cross_attn"]["attention_weights"][0]).reshape(4, -1, 2, 3)
-    np.testing.assert_array_equal(seen.decoder.weights[1], weights.swapaxes(0, 1)[..., :rows, :columns])
+    expected = weights.swapaxes(0, 1)[..., :rows, :columns]
+    np.testing.assert_allclose(seen.decoder.weights[1], expected, atol=1e-4)  # another program: other roundings
     np.testing.assert_allclose(seen.decoder.weights.sum((-1, -2)), 1, atol=1e-5)  # nothing is in the padding
     weights = np.asarray(found["encoder"][0]["self_attn"]["attention_weights"][0])
     tokens = [min(int(y / 480 * rows), rows - 1) * 3 + min(int(x / 640 * columns), columns - 1) for x, y in POINTS]
     assert len(set(tokens)) == 3
-    np.testing.assert_array_equal(
-        seen.encoder.weights[0], weights[:, tokens].swapaxes(0, 1).reshape(3, 4, 2, 3)[..., :rows, :columns]
-    )
+    expected = weights[:, tokens].swapaxes(0, 1).reshape(3, 4, 2, 3)[..., :rows, :columns]
+    np.testing.assert_allclose(seen.encoder.weights[0], expected, atol=1e-4)  # as above
 
 
+@pytest.mark.slow  # compiles two gradients of the whole model
 def test_saliency_is_the_gradient(deformable):
     detector, inspector, seen = deformable
     query = seen.best(3)[2]
