@@ -1,5 +1,6 @@
 """The SparseCore kernels, interpreted, against the reference; compiled ahead of time for each generation."""
 
+import dataclasses
 import os
 import re
 import runpy
@@ -143,9 +144,9 @@ def device(request, monkeypatch):
         yield device
 
 
-def schedule(function, device, dtype, *other) -> list[str]:
+def schedule(function, device, dtype, batch, *other) -> list[str]:
     """The scheduled instructions of `function(value, locations, weights, ...)` at the encoder's published size."""
-    shape = SHAPES["encoder_800x1333"]
+    shape = dataclasses.replace(SHAPES["encoder_800x1333"], batch=batch)
     points = (shape.batch, shape.tokens, shape.heads, len(shape.spatial_shapes), shape.points)
     sharding = jax.sharding.SingleDeviceSharding(device)
     inputs = [
@@ -178,21 +179,24 @@ def test_compiles(device, dtype):
     def loss(*inputs):
         return attend(*inputs).astype(jnp.float32).sum()
 
-    lines = schedule(jax.value_and_grad(loss, (0, 1, 2)), device, dtype)
+    lines = schedule(jax.value_and_grad(loss, (0, 1, 2)), device, dtype, 2)
     for kernel in ("forward", "backward_weights", "backward_values"):
         assert len(starts(lines, f"ms_deform_attn_{kernel}")) == 1
 
 
 @pytest.mark.slow
 def test_runs_beside_the_tensorcore(device):
-    """Matrix products that do not need the kernel's output are scheduled between its start and its end."""
+    """Matrix products that do not need the kernel's output are scheduled between its start and its end.
+
+    XLA is free to: with two images it does on v5p and v6e, on 7x it puts them behind the kernel.
+    """
 
     def attend_and_multiply(value, locations, weights, x, matrix):
         for _ in range(12):
             x = jax.nn.relu(x @ matrix)
         return attend(value, locations, weights), x
 
-    lines = schedule(attend_and_multiply, device, jnp.float32, (SHAPES["encoder_800x1333"].tokens, 256), (256, 256))
+    lines = schedule(attend_and_multiply, device, jnp.float32, 1, (SHAPES["encoder_800x1333"].tokens, 256), (256, 256))
     (start,) = starts(lines, "ms_deform_attn_forward")
     (end,) = [i for i, line in enumerate(lines) if re.search(r" %\S*ms_deform_attn_forward\S* = .* call-done\(", line)]
     assert sum("dot_general" in line for line in lines[start:end]) >= 6
