@@ -20,8 +20,9 @@ from PIL import Image
 
 from detr_jax.boxes import cxcywh_to_xyxy
 from detr_jax.categories import Categories
-from detr_jax.config import DETRConfig, ModelConfig
+from detr_jax.config import DeformableDETRConfig, DETRConfig, ModelConfig
 from detr_jax.detector import Detector, Photo, normalised, open_photo
+from detr_jax.models.attention import token_order
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -165,7 +166,7 @@ class Inspector:
         def look(state, pixels, sizes, points):
             model = nnx.merge(graphdef, state)
             outputs, captured = nnx.capture(model, nnx.Intermediate)(normalised(pixels, sizes), sizes)
-            return _first_image(outputs, nnx.to_pure_dict(captured), points)
+            return _first_image(outputs, nnx.to_pure_dict(captured), points, detector.config)
 
         @jax.jit
         def gradients(state, pixels, sizes, query, label):
@@ -245,7 +246,7 @@ class Inspector:
         return Saliency(seen.photo, seen.caption(query), seen.boxes_xyxy[-1, query], norms[:, :h, :w])
 
 
-def _first_image(outputs: dict[str, Any], captured: dict[str, Any], points: jax.Array):
+def _first_image(outputs: dict[str, Any], captured: dict[str, Any], points: jax.Array, config: ModelConfig):
     """What `Inspection` needs of a batch's first image, little enough to fetch: encoder rows at the points alone."""
     layers = {
         name: jnp.concatenate([outputs["aux_outputs"][name][:, 0], outputs[name][:1]])
@@ -260,6 +261,11 @@ def _first_image(outputs: dict[str, Any], captured: dict[str, Any], points: jax.
         start += valid.size
         all_filled.append(filled)
     tokens = jnp.stack(tokens, 1).reshape(-1)
+    if isinstance(config, DeformableDETRConfig):
+        order = token_order(config.implementation, [valid.shape for valid in valid_maps])
+        if order is not None:  # the encoder's queries are in it: where is each token?
+            numbers = order.from_blocks(jnp.arange(order.length)[None])[0]
+            tokens = numbers[tokens]
 
     def attention(layer, rows):
         weights = layer["attention_weights"][0]

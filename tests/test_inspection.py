@@ -7,10 +7,11 @@ import tiny
 from flax import nnx
 from test_capture import DETR, functions
 
+from detr_jax import inspection
 from detr_jax.categories import Categories
-from detr_jax.detector import Detector, Loaded, normalized
+from detr_jax.detector import Detector, Loaded, normalised
 from detr_jax.inspection import Inspector, Maps, Sampling
-from detr_jax.models import build
+from detr_jax.models import attention, build, deformable_detr
 
 POINTS = [(10, 20), (630, 470), (320.5, 100)]
 
@@ -47,7 +48,7 @@ def captured(detector, seen):
 
     @jax.jit
     def run(state):
-        outputs, found = nnx.capture(nnx.merge(graphdef, state), nnx.Intermediate)(normalized(pixels, sizes), sizes)
+        outputs, found = nnx.capture(nnx.merge(graphdef, state), nnx.Intermediate)(normalised(pixels, sizes), sizes)
         return outputs, nnx.to_pure_dict(found)
 
     return *run(state), pixels.shape[1:3], sizes[0]
@@ -91,6 +92,20 @@ def test_refinement_starts_from_the_proposals(deformable):
     np.testing.assert_allclose(corners[0][usable], proposals.boxes_xyxy[proposals.chosen][usable], atol=1e-2)
     np.testing.assert_allclose(corners[1], seen.boxes_xyxy[0], atol=1e-2)
     assert (proposals.scores[np.isnan(proposals.boxes_xyxy[:, 0])] == 0).all()
+
+
+def test_blocks_of_tokens_make_no_difference(deformable, monkeypatch):
+    """On TPUs the encoder's tokens are in another order; the points' cells must be found in it."""
+    detector, _, seen = deformable
+    for module in (deformable_detr, inspection):
+        monkeypatch.setattr(module, "token_order", lambda _, shapes: attention.block_order(shapes))
+    again = Inspector(detector)(photo(), POINTS)
+    # Sums over the same numbers in another order, float32; up to 640 pixels.
+    np.testing.assert_allclose(again.encoder.references, seen.encoder.references, atol=1e-2)
+    np.testing.assert_allclose(again.encoder.weights, seen.encoder.weights, atol=1e-4)
+    np.testing.assert_allclose(again.encoder.locations, seen.encoder.locations, atol=0.1)
+    np.testing.assert_allclose(again.boxes_xyxy, seen.boxes_xyxy, atol=0.1)
+    np.testing.assert_array_equal(again.proposals.chosen, seen.proposals.chosen)
 
 
 def test_it_sees_what_the_detector_detects(deformable, detr):
@@ -143,7 +158,7 @@ def test_saliency_is_the_gradient(deformable):
         return output[0] * outputs["pred_boxes"][0, query, 2] + output[1] * probability
 
     for row, output in ((2, (1.0, 0.0)), (4, (0.0, 1.0))):
-        expected = np.linalg.norm(gradient(normalized(pixels, sizes), output)[0], axis=-1)[:60, :80]
+        expected = np.linalg.norm(gradient(normalised(pixels, sizes), output)[0], axis=-1)[:60, :80]
         # Two orders of the same sums in float32.
         np.testing.assert_allclose(saliency.norms[row], expected, rtol=1e-3, atol=1e-4 * expected.max())
         assert expected.max() > 0
