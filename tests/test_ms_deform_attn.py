@@ -17,10 +17,12 @@ from pallas_kernels.ms_deform_attn.shapes import SHAPES, SMALL
 LEVELS = ((3, 5), (2, 3), (1, 1))
 
 
-KERNELS = [name for name in IMPLEMENTATIONS if name != "reference"]
+# The SparseCore's kernels need an interpreter of their own: `test_sparsecore.py`.
+INTERPRETED = [name for name in IMPLEMENTATIONS if name != "sparsecore"]
+KERNELS = [name for name in INTERPRETED if name != "reference"]
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+@pytest.fixture(params=INTERPRETED)
 def implementation(request, monkeypatch) -> Iterator[str]:
     """Each implementation; what is made for another platform is interpreted."""
     if request.param != "sparsecore":
