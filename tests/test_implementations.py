@@ -65,4 +65,7 @@ def test_model_is_the_same(implementation, monkeypatch):
     expected = jax.tree.leaves(outputs_and_gradients("reference", monkeypatch))
     got = jax.tree.leaves(outputs_and_gradients(implementation, monkeypatch))
     for x, y in zip(got, expected, strict=True):
+        assert x.shape == y.shape
+        if y.size == 0:  # one decoder layer has no auxiliary outputs
+            continue
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-4 * max(float(np.abs(y).max()), 1e-3))

@@ -488,7 +488,7 @@ def test_extracted_features_are_what_the_decoder_attends_to(config):
     memory = []
 
     class Spy(nnx.Module):
-        def __call__(self, x, position, *others):
+        def __call__(self, x, position, *others, **_):
             memory.append(next(o for o in others if getattr(o, "shape", (0,))[-1] == 32 and o.ndim == 3))
             return x
 
