@@ -61,11 +61,14 @@ def outputs_and_gradients(implementation, monkeypatch):
     "implementation", [name for name in IMPLEMENTATIONS if name not in ("reference", "sparsecore")]
 )
 def test_model_is_the_same(implementation, monkeypatch):
-    """float32 in another order of addition, through one encoder and one decoder layer, two-stage."""
+    """float32 in another order of addition, through one encoder and one decoder layer, two-stage.
+
+    Some gradients are zero but for rounding (a key's bias under softmax): 1e-5 of those of order 1 bounds them.
+    """
     expected = jax.tree.leaves(outputs_and_gradients("reference", monkeypatch))
     got = jax.tree.leaves(outputs_and_gradients(implementation, monkeypatch))
     for x, y in zip(got, expected, strict=True):
         assert x.shape == y.shape
         if y.size == 0:  # one decoder layer has no auxiliary outputs
             continue
-        np.testing.assert_allclose(x, y, rtol=0, atol=1e-4 * max(float(np.abs(y).max()), 1e-3))
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-4 * max(float(np.abs(y).max()), 0.1))
