@@ -163,7 +163,7 @@ def probe(operation: str, rounds: int, *, interpret: bool = False) -> Callable[[
         def _():
             pltpu.sync_copy(memory, output)
 
-    return pl.kernel(
+    call: Callable = pl.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((TABLE,), jnp.float32),
         mesh=plsc.VectorSubcoreMesh(
@@ -176,6 +176,7 @@ def probe(operation: str, rounds: int, *, interpret: bool = False) -> Callable[[
         compiler_params=pltpu.CompilerParams(needs_layout_passes=False, use_tc_tiling_on_sc=False),
         interpret=interpret,
     )
+    return call
 
 
 def addresses(repeats: int, few: int = 10_000, many: int = 110_000) -> None:

@@ -171,7 +171,8 @@ def gather_products(split, value, base, gradient, interpret):
     inputs = base, split.sliced(gradient)
     output = split.run(step, inputs, split.words(value), rows, name="backward_weights", interpret=interpret)
     columns = math.gcd(rows * chunk, 128)  # as the array, which is large, lies in memory
-    output = output.reshape(split.batch, split.heads, split.slices, -1, columns).sum(2)
+    output = output.reshape(split.batch, split.heads, split.slices, -1, columns)
+    output = functools.reduce(jnp.add, [output[:, :, i] for i in range(split.slices)])
     return output.reshape(split.batch, split.heads, -1, rows, chunk)
 
 
@@ -186,6 +187,7 @@ def scatter(split, base, share, gradient, interpret):
     def step(memory, base, share, gradient):
         lane = jax.lax.iota(jnp.int32, lanes)
         point, below, right = lane >> 2, (lane >> 1) & 1, lane & 1
+        row = (lane & 3) * len(widths) + point
         channel = [(point + turn) & (turns - 1) for turn in range(turns)]
         served = [x < channels for x in channel]  # with more points than channels, some wait
         channel = [jnp.minimum(x, channels - 1) for x in channel]
@@ -201,7 +203,7 @@ def scatter(split, base, share, gradient, interpret):
             factors = [plsc.load_gather(gradient, [x * chunk + query]) for x in channel]
             for i, offset in enumerate(corner):
                 address = plsc.load_gather(base, [(i * points + point) * chunk + query]) + offset
-                weight = share[pl.ds((query * len(widths) + i * points) * 4, lanes)]
+                weight = plsc.load_gather(share, [query * (4 * len(widths)) + row + i * points])
                 # In a map one pixel wide, the right and the lower one have one address; one of them is outside.
                 inside = weight != 0
                 for x, now, factor in zip(channel, served, factors, strict=True):
@@ -209,9 +211,10 @@ def scatter(split, base, share, gradient, interpret):
                     plsc.addupdate_scatter(memory, [address + x * split.plane], weight * factor, mask=mask)
 
     base = jnp.pad(base, [*[(0, 0)] * 3, (0, padding), (0, 0)])
-    share = share.reshape(*share.shape[:3], 4, len(split.widths), chunk)
-    share = jnp.pad(share, [*[(0, 0)] * 4, (0, padding), (0, 0)])
-    share = jnp.moveaxis(share, (-1, -2), (3, 4)).reshape(*share.shape[:3], chunk, 4 * len(widths))
+    if padding:
+        share = share.reshape(*share.shape[:3], 4, len(split.widths), chunk)
+        share = jnp.pad(share, [*[(0, 0)] * 4, (0, padding), (0, 0)]).reshape(*share.shape[:3], -1, chunk)
+    share = jnp.swapaxes(share, -1, -2)
     inputs = base, share, split.sliced(gradient)
     output = split.run(step, inputs, None, 0, name="backward_values", interpret=interpret)
     output = output.reshape(split.batch, split.heads, split.slices, split.parts, channels, split.plane).sum(3)
