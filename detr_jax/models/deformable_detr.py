@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from detr_jax.config import DeformableDETRConfig
-from detr_jax.models.attention import MSDeformAttn, MultiHeadAttention, token_order
+from detr_jax.models.attention import BlockOrder, MSDeformAttn, MultiHeadAttention, token_order
 from detr_jax.models.layers import MLP, Dropout, FeedForward, capture, inverse_sigmoid, layer_norm, linear
 from detr_jax.models.position import sine_boxes, sine_map
 from detr_jax.models.resnet import Conv, GroupNorm, ResNet, masked, valid_cells, valid_nearest
@@ -157,34 +157,17 @@ class DeformableDETR(nnx.Module):
             `aux_outputs`, the same of the earlier decoder layers, stacked in front, and for two-stage `enc_outputs`,
             `[b, s, k]` and `[b, s, 4]`, the proposals of all tokens.
         """
-        tokens, position, valid_maps = self.levels(images, sizes)
-        spatial_shapes = tuple((v.shape[1], v.shape[2]) for v in valid_maps)
-        valid = jnp.concatenate([v.reshape(len(v), -1) for v in valid_maps], 1)
-        # [b, l, 2]: the share of each level's map (x, y) that the image fills.
-        valid_ratios = jnp.stack([jnp.stack([v[:, 0].mean(-1), v[:, :, 0].mean(-1)], -1) for v in valid_maps], 1)
+        memory, valid, valid_maps, valid_ratios, order = self.encode(images, sizes, rngs)
+        spatial_shapes = shapes(valid_maps)
+        in_blocks = order is not None
         capture(self, "valid_maps", tuple(valid_maps))
         capture(self, "valid_ratios", valid_ratios)
 
-        centres = jnp.concatenate([cell_boxes(v, 0.0)[..., :2] for v in valid_maps], 1)
-        reference_points = centres[:, :, None] * valid_ratios[:, None]
-        proposals_valid = valid
-        # On TPUs, tokens that are neighbours on the map are kept together from here to the decoder.
-        if order := token_order(self.config.implementation, spatial_shapes):
-            inputs = (tokens, position, reference_points, valid)
-            tokens, position, reference_points, valid = (order.to_blocks(x) for x in inputs)
-        in_blocks = order is not None
-        memory = tokens
-        for layer in self.encoder:
-            memory = layer(memory, position, reference_points, spatial_shapes, valid, rngs, in_blocks=in_blocks)
-
         outputs = {}
         if self.config.two_stage:
+            rows, rows_valid = (order.from_blocks(x) for x in (memory, valid)) if order else (memory, valid)
             outputs["enc_outputs"], reference, query_position, x = self.proposals(
-                order.from_blocks(memory) if order else memory,
-                proposals_valid,
-                valid_maps,
-                self.class_embed[-1],
-                self.bbox_embed[-1],
+                rows, rows_valid, valid_maps, self.class_embed[-1], self.bbox_embed[-1]
             )
         else:
             b = len(images)
@@ -212,6 +195,31 @@ class DeformableDETR(nnx.Module):
             "aux_outputs": {"pred_logits": stack(logits[:-1], logits[-1]), "pred_boxes": stack(boxes[:-1], boxes[-1])},
         }
 
+    def encode(
+        self, images: jax.Array, sizes: jax.Array, rngs: nnx.Rngs | None
+    ) -> tuple[jax.Array, jax.Array, list[jax.Array], jax.Array, BlockOrder | None]:
+        """What the decoder attends to.
+
+        Returns:
+            The encoder's tokens `[b, s, c]`; which of them see the image, `[b, s]`; the same as a map `[b, h, w]` of
+            each level; the share of each level's map (x, y) that the image fills, `[b, l, 2]`; and the order of the
+            tokens, `None` for levels one after another, row by row.
+        """
+        tokens, position, valid_maps = self.levels(images, sizes)
+        spatial_shapes = shapes(valid_maps)
+        valid = jnp.concatenate([v.reshape(len(v), -1) for v in valid_maps], 1)
+        valid_ratios = jnp.stack([jnp.stack([v[:, 0].mean(-1), v[:, :, 0].mean(-1)], -1) for v in valid_maps], 1)
+        centres = jnp.concatenate([cell_boxes(v, 0.0)[..., :2] for v in valid_maps], 1)
+        reference_points = centres[:, :, None] * valid_ratios[:, None]
+        # On TPUs, tokens that are neighbours on the map are kept together from here to the decoder.
+        order = token_order(self.config.implementation, spatial_shapes)
+        if order:
+            inputs = (tokens, position, reference_points, valid)
+            tokens, position, reference_points, valid = (order.to_blocks(x) for x in inputs)
+        for layer in self.encoder:
+            tokens = layer(tokens, position, reference_points, spatial_shapes, valid, rngs, in_blocks=order is not None)
+        return tokens, valid, valid_maps, valid_ratios, order
+
     def levels(self, images: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
         """Tokens and their position encoding, both `[b, s, c]`, and each level's valid map `[b, h, w]`."""
         config = self.config
@@ -237,6 +245,11 @@ class DeformableDETR(nnx.Module):
             if i >= len(maps):
                 source = masked(features, valid) if mask else features
         return jnp.concatenate(tokens, 1), jnp.concatenate(positions, 1), valid_maps
+
+
+def shapes(maps: Sequence[jax.Array]) -> tuple[tuple[int, int], ...]:
+    """(height, width) of maps `[b, h, w]`."""
+    return tuple((x.shape[1], x.shape[2]) for x in maps)
 
 
 def projections(config: DeformableDETRConfig, channels: Sequence[int]) -> list[tuple[int, int, int]]:

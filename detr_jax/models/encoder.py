@@ -2,9 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from detr_jax.models.deformable_detr import DeformableDETR, cell_boxes
+from detr_jax.models.deformable_detr import DeformableDETR, shapes
 from detr_jax.models.detr import DETR
 
 
@@ -30,15 +31,9 @@ class DeformableEncoder(DeformableDETR):
         Returns:
             Maps `[b, h, w, c]` and, bool `[b, h, w]`, which of their cells see the image, from fine to coarse.
         """
-        x, position, valid = self.levels(images, sizes)
-        shapes = tuple(v.shape[1:] for v in valid)
-        flat = jnp.concatenate([v.reshape(len(v), -1) for v in valid], 1)
-        ratios = jnp.stack([jnp.stack([v[:, 0].mean(-1), v[:, :, 0].mean(-1)], -1) for v in valid], 1)
-        centres = jnp.concatenate([cell_boxes(v, 0.0)[..., :2] for v in valid], 1)
-        for layer in self.encoder:
-            x = layer(x, position, centres[:, :, None] * ratios[:, None], shapes, flat, rngs)
-        ends = [sum(h * w for h, w in shapes[: i + 1]) for i in range(len(shapes))]
-        levels = jnp.split(x, ends[:-1], 1)
+        x, _, valid, _, order = self.encode(images, sizes, rngs)
+        ends = np.cumsum([h * w for h, w in shapes(valid)])
+        levels = jnp.split(order.from_blocks(x) if order else x, ends[:-1], 1)
         return [level.reshape(*v.shape, -1) for level, v in zip(levels, valid, strict=True)], valid
 
 
