@@ -75,10 +75,10 @@ def ms_deform_attn(
     kernel = functools.partial(IMPLEMENTATIONS[name], interpret=interpret)
     if name == "tensorcore":
         kernel = functools.partial(kernel, in_blocks=in_blocks)
+    elif in_blocks:
+        kernel = functools.partial(_unblocked, kernel)
 
     def attend(value, sampling_locations, attention_weights):
-        if in_blocks and name != "tensorcore":
-            return _unblocked(kernel, value, spatial_shapes, sampling_locations, attention_weights)
         return kernel(value, spatial_shapes, sampling_locations, attention_weights)
 
     mesh = jax.sharding.get_abstract_mesh()

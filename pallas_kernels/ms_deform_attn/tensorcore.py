@@ -15,7 +15,7 @@ the four pixels around it: selected, not gathered, as each of them is in just on
 weights follow from these four numbers. At a kink they are those of the cell on the right and below.
 
 In the kernels, arrays have features on sublanes and tokens on lanes, which is how XLA lays out projections of the
-tokens for them. `docs/kernels.md` explains it all with pictures, costs and limits.
+tokens for them. `docs/kernels.md` explains the steps and says what has been seen.
 """
 
 import dataclasses
@@ -368,29 +368,44 @@ def _check(order: BlockOrder) -> None:
         )
 
 
-def _iota(dtype=jnp.float32):
-    return lax.broadcasted_iota(jnp.int32, (UNIT, TILE), 0).astype(dtype)
+def _iota():
+    return lax.broadcasted_iota(jnp.int32, (UNIT, TILE), 0).astype(jnp.float32)
 
 
-def _weights(x, y, weight, column, row, hat_ref):
-    """W of a unit: `[64, 128]`, of points whose coordinates are spread over the sublanes."""
-    hats_x = [jnp.maximum(1 - jnp.abs(x_p - column), 0) for x_p in x]
+def _place(unit: Unit):
+    """The column of each lane's pixels in a unit, its first row and its level's first sample."""
+    _, column, place = unit
+    return (column * UNIT).astype(jnp.float32) + _iota(), (place >> 12).astype(jnp.float32), place & 4095
+
+
+def _spread(sample_ref, kind, sample):
+    """A row of a matrix on all eight sublanes: a load that broadcasts."""
+    return jnp.broadcast_to(sample_ref[kind, pl.ds(sample, 1), :], (UNIT, TILE))
+
+
+def _build(matrix_ref, hat_ref, sample_ref, k, unit, points):
+    """Puts W of the `k`-th unit of an iteration, `[64, 128]`, into its half of a matrix.
+
+    `sample_ref` holds x, y and the weight of each sample, `[3 or more, l * p, 128]`.
+    """
+    columns, row, sample = _place(unit)
+    x, y, weight = ([_spread(sample_ref, kind, sample + p) for p in range(points)] for kind in range(3))
+    hats_x = [jnp.maximum(1 - jnp.abs(x_p - columns), 0) for x_p in x]
+    hat_ref = hat_ref.at[k]
     for p, (y_p, weight_p) in enumerate(zip(y, weight, strict=True)):
-        hat_ref[p] = jnp.maximum(1 - jnp.abs(y_p - row), 0) * weight_p
+        hat_ref[p] = jnp.maximum(1 - jnp.abs(y_p - (row + _iota())), 0) * weight_p
     rows = []
     for i in range(UNIT):
         products = [hat_x * hat_ref[p, i : i + 1, :] for p, hat_x in enumerate(hats_x)]
         rows.append(functools.reduce(jnp.add, products))
-    return jnp.concatenate(rows, 0)
-
-
-def _precision(dtype):
-    return lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    weights = jnp.concatenate(rows, 0).astype(matrix_ref.dtype)
+    matrix_ref[k // 2, pl.ds(k % 2 * PIXELS, PIXELS), :] = weights
 
 
 def _dot(a, b, contract: tuple[int, int]):
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(a, b, dimensions, precision=_precision(a.dtype), preferred_element_type=jnp.float32)
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _half(left, right):
@@ -432,8 +447,6 @@ def _forward_kernel(
     tiles,
     total,
 ):
-    iota = _iota()
-
     @pl.when(pl.program_id(2) == 0)
     def _():
         def duplicate(pair, _):
@@ -449,10 +462,6 @@ def _forward_kernel(
         walk = _Walk(base_ref, place_ref, runs_ref, t, bands)
         lanes = _lanes(t)
 
-        def spread(kind, sample):
-            """A row of a matrix on all eight sublanes: a load that broadcasts."""
-            return jnp.broadcast_to(sample_ref[kind, pl.ds(sample, 1), :], (UNIT, TILE))
-
         def multiply(units, output):
             for k in range(0, UNROLL, 2):
                 output += _dot(_half(unit_ref[units[k]], unit_ref[units[k + 1]]), matrix_ref[k // 2], (1, 0))
@@ -462,13 +471,8 @@ def _forward_kernel(
             # The matrix unit multiplies the weights of the iteration before while the vector unit builds the next.
             output, units, state, before = carry
             output = multiply(before, output)
-            for k, (_, column, place) in enumerate(units):
-                sample = place & 4095
-                x, y, weight = ([spread(i, sample + p) for p in range(points)] for i in range(3))
-                columns = (column * UNIT).astype(jnp.float32) + iota
-                rows = (place >> 12).astype(jnp.float32) + iota
-                weights = _weights(x, y, weight, columns, rows, hat_ref.at[k])
-                matrix_ref[k // 2, pl.ds(k % 2 * PIXELS, PIXELS), :] = weights.astype(matrix_ref.dtype)
+            for k, unit in enumerate(units):
+                _build(matrix_ref, hat_ref, sample_ref, k, unit, points)
             before = tuple(unit for unit, _, _ in units)
             units, state = walk.take(state)
             return output, units, state, before
@@ -512,7 +516,6 @@ def _backward_kernel(
     total,
 ):
     samples = x_ref.shape[2]
-    iota = _iota()
 
     @pl.when(pl.program_id(2) == 0)
     def _():
@@ -534,9 +537,6 @@ def _backward_kernel(
             sample_ref[i] = z
         corner_ref[...] = jnp.zeros_like(corner_ref)
 
-        def spread(kind, sample):
-            return jnp.broadcast_to(sample_ref[kind, pl.ds(sample, 1), :], (UNIT, TILE))
-
         def corners(products, x_floor, y_floor, column, row):
             """`products` at the four pixels around a point, where they are in the unit: summed over its columns."""
             relative = y_floor - row
@@ -549,31 +549,27 @@ def _backward_kernel(
 
         def iteration(_, carry):
             units, state = carry
-            indices = [unit for unit, _, _ in units]
-            products = jnp.zeros((TILE, TILE), jnp.float32)
-            for k, (_, column, place) in enumerate(units):
-                if k % 2 == 0:
-                    pixels = [
-                        pixel_ref[pl.ds(pl.multiple_of(unit * PIXELS, PIXELS), PIXELS), :] for unit in indices[k:][:2]
-                    ]
-                    products = _dot(jnp.concatenate(pixels, 0), gradient, (1, 0))  # [128 pixels, 128 queries]
-                sample = place & 4095
-                x, y, weight, x_floor, y_floor = ([spread(i, sample + p) for p in range(points)] for i in range(5))
-                columns = (column * UNIT).astype(jnp.float32) + iota
-                row = (place >> 12).astype(jnp.float32)
-                weights = _weights(x, y, weight, columns, row + iota, hat_ref.at[k])
-                matrix_ref[k // 2, pl.ds(k % 2 * PIXELS, PIXELS), :] = weights.astype(matrix_ref.dtype)
-                rows = [products[(k % 2 * UNIT + i) * UNIT :][:UNIT] for i in range(UNIT)]
-                found = [corners(rows, x_floor[p], y_floor[p], columns, row) for p in range(points)]
-                # All loads before all stores: the compiler cannot know that the samples differ.
-                span = pl.ds(pl.multiple_of(sample * UNIT, UNIT), points * UNIT)
-                sums = [corner_ref[c, span, :] + jnp.concatenate([z[c] for z in found], 0) for c in range(4)]
-                for c, z in enumerate(sums):
-                    corner_ref[c, span, :] = z
-                if k % 2 == 1:
-                    grad_pixels = _dot(gradient, matrix_ref[k // 2], (1, 1))  # [d, 128 pixels]
-                    unit_ref[indices[k - 1]] += _half(grad_pixels, jnp.zeros_like(grad_pixels))
-                    unit_ref[indices[k]] += _half(jnp.zeros_like(grad_pixels), grad_pixels)
+            for pair in range(UNROLL // 2):
+                indices = [unit[0] for unit in units[2 * pair : 2 * pair + 2]]
+                pixels = [pixel_ref[pl.ds(pl.multiple_of(unit * PIXELS, PIXELS), PIXELS), :] for unit in indices]
+                products = _dot(jnp.concatenate(pixels, 0), gradient, (1, 0))  # [128 pixels, 128 queries]
+                for side in range(2):
+                    unit = units[2 * pair + side]
+                    _build(matrix_ref, hat_ref, sample_ref, 2 * pair + side, unit, points)
+                    columns, row, sample = _place(unit)
+                    rows = [products[(side * UNIT + i) * UNIT :][:UNIT] for i in range(UNIT)]
+                    x_floor, y_floor = (
+                        [_spread(sample_ref, kind, sample + p) for p in range(points)] for kind in (3, 4)
+                    )
+                    found = [corners(rows, x_floor[p], y_floor[p], columns, row) for p in range(points)]
+                    # All loads before all stores: the compiler cannot know that the samples differ.
+                    span = pl.ds(pl.multiple_of(sample * UNIT, UNIT), points * UNIT)
+                    sums = [corner_ref[c, span, :] + jnp.concatenate([z[c] for z in found], 0) for c in range(4)]
+                    for c, z in enumerate(sums):
+                        corner_ref[c, span, :] = z
+                grad_pixels = _dot(gradient, matrix_ref[pair], (1, 1))  # [d, 128 pixels]
+                unit_ref[indices[0]] += _half(grad_pixels, jnp.zeros_like(grad_pixels))
+                unit_ref[indices[1]] += _half(jnp.zeros_like(grad_pixels), grad_pixels)
             return walk.take(state)
 
         lax.fori_loop(0, walk.iterations, iteration, walk.take(walk.start()))
