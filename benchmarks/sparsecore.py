@@ -31,7 +31,7 @@ from jax.experimental.pallas import tpu_sc as plsc
 
 from pallas_kernels.ms_deform_attn import IMPLEMENTATIONS, ms_deform_attn
 from pallas_kernels.ms_deform_attn.shapes import SHAPES, Shape
-from pallas_kernels.ms_deform_attn.sparsecore import sparse_core
+from pallas_kernels.ms_deform_attn.sparsecore import sparse_core, subcore_mesh
 
 STATIC = """\
 What the compiler says (libtpu of jax 0.10.2; LIBTPU_INIT_ARGS=--xla_sc_dump_bundles_to=DIR) of one image of 800x1333,
@@ -166,12 +166,7 @@ def probe(operation: str, rounds: int, *, interpret: bool = False) -> Callable[[
     call: Callable = pl.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((TABLE,), jnp.float32),
-        mesh=plsc.VectorSubcoreMesh(
-            core_axis_name="core",
-            subcore_axis_name="subcore",
-            num_cores=core.num_cores,
-            num_subcores=core.num_subcores,
-        ),
+        mesh=subcore_mesh(core),
         scratch_types=[pltpu.VMEM((VECTORS * lanes,), jnp.int32), pltpu.VMEM((TABLE,), jnp.float32)],
         compiler_params=pltpu.CompilerParams(needs_layout_passes=False, use_tc_tiling_on_sc=False),
         interpret=interpret,

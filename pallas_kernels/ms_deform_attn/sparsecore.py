@@ -76,6 +76,13 @@ def sparse_core():
     return info.sparse_core
 
 
+def subcore_mesh(core) -> plsc.VectorSubcoreMesh:
+    """All vector subcores of a device, over the axes `core` and `subcore`."""
+    return plsc.VectorSubcoreMesh(
+        core_axis_name="core", subcore_axis_name="subcore", num_cores=core.num_cores, num_subcores=core.num_subcores
+    )
+
+
 def corners(split: "Split", locations: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The upper left of the four pixels around each point, and the weights of the four.
 
@@ -412,12 +419,7 @@ class Split:
         call: Callable = pl.kernel(
             kernel,
             out_type=jax.ShapeDtypeStruct((out_size,), jnp.float32),
-            mesh=plsc.VectorSubcoreMesh(
-                core_axis_name="core",
-                subcore_axis_name="subcore",
-                num_cores=core.num_cores,
-                num_subcores=core.num_subcores,
-            ),
+            mesh=subcore_mesh(core),
             scratch_types=[pltpu.VMEM((size,), jnp.float32 if adds else words.dtype)],
             compiler_params=pltpu.CompilerParams(
                 needs_layout_passes=False, use_tc_tiling_on_sc=False, disable_bounds_checks=True
