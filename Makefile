@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-slow notebooks parity lint clean
+.PHONY: demo test test-slow test-aot notebooks parity lint clean
 
 # Huge pages make a step on the CPU an eighth shorter on Linux; other systems ignore the variable.
 demo: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
@@ -18,6 +18,11 @@ test: $(VENV)/.installed-test
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow
+
+# The TPU kernels, compiled for five generations of TPUs that this machine does not have.
+test-aot: $(VENV)/.installed-test
+	$(BIN)/pip install --quiet --editable '.[tpu]'
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow tests/test_aot.py tests/test_sparsecore.py
 
 # Each one in its short form, from a clean kernel, on the wheel.
 notebooks: $(VENV)/.installed-test

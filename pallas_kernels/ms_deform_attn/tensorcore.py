@@ -38,11 +38,11 @@ TILES = 8
 """Tiles in a grid step."""
 OUTSIDE = -4.0
 """Coordinate of points outside the map: no pixel is near it."""
-NOWHERE = -4096
-"""First row of the band that fills up the last iteration: no point is near it."""
+NOWHERE = 2047
+"""Band of the unit that fills up the last iteration: no point is near it."""
 
-Unit = tuple[jax.Array, jax.Array, jax.Array]
-"""Number, column and place (`_bands`) of a unit: scalars."""
+Unit = tuple[jax.Array, jax.Array]
+"""Number and place (`_places`) of a unit: scalars."""
 
 
 def ms_deform_attn_tensorcore(
@@ -75,35 +75,44 @@ def ms_deform_attn_tensorcore(
     """
     order = block_order(spatial_shapes)
     _check(order)
-    b, q, h, levels, points = attention_weights.shape
-    d = value.shape[-1]
+    q, d = sampling_locations.shape[1], value.shape[-1]
     # A grid of queries is tiled like the map; otherwise 128 queries in a row are a tile.
     permute = not in_blocks and q == value.shape[1] == sum(height * width for height, width in spatial_shapes)
     if not in_blocks:
         value = order.to_blocks(value)
+    if permute:
+        sampling_locations, attention_weights = map(order.to_blocks, (sampling_locations, attention_weights))
     value = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, -d % 16))).transpose(0, 2, 3, 1)
+    is_query = order.is_token if permute or (in_blocks and q == order.length) else np.ones(q, bool)
+    x, y, weight = in_tiles(sampling_locations, attention_weights, is_query, order)
+    output = jnp.asarray(_attend(value, x, y, weight, order, interpret))  # [b, h, d, queries]
+    output = output.transpose(0, 3, 1, 2)[..., :d]
+    return order.from_blocks(output) if permute else output[:, :q]
 
-    def padded(x):
-        """`[b, q, ...]` in whole tiles."""
-        return order.to_blocks(x) if permute else jnp.pad(x, ((0, 0), (0, -q % TILE), *((0, 0),) * (x.ndim - 2)))
+
+def in_tiles(
+    sampling_locations: jax.Array, attention_weights: jax.Array, is_query: np.ndarray, order: BlockOrder
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The kernels' view of the samples: columns, rows (in pixels) and weights, of whole tiles of queries.
+
+    Returns:
+        float32 `[b, h, l * p, n * 128]`, three times; `OUTSIDE` with weight 0 for points outside the map, and for all
+        points of what is not a query (`is_query [q]`) but padding, which would touch units for nothing.
+    """
+    b, q, h, levels, points = attention_weights.shape
 
     def rows(x):
-        """`[b, q, h, l, p]` -> float32 `[b, h, l * p, queries in tiles]`."""
-        return padded(x.astype(jnp.float32)).reshape(b, -1, h, levels * points).transpose(0, 2, 3, 1)
+        x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -q % TILE), *((0, 0),) * 3))
+        return x.reshape(b, -1, h, levels * points).transpose(0, 2, 3, 1)
 
     sizes = np.repeat([(width, height) for height, width in order.spatial_shapes], points, 0)[:, :, None]
     width, height = sizes[:, 0], sizes[:, 1]
     x = rows(sampling_locations[..., 0]) * width - 0.5
     y = rows(sampling_locations[..., 1]) * height - 0.5
     inside = (x >= -1) & (x < width) & (y >= -1) & (y < height)
-    # Not the padding's queries, whose points would touch units for nothing.
-    inside &= order.is_token if in_blocks and q == order.length else padded(np.ones((1, q), bool))[0]
+    inside &= np.pad(is_query, (0, -q % TILE))
     weight = jnp.where(inside, rows(attention_weights), 0)
-    x, y = jnp.where(inside, x, OUTSIDE), jnp.where(inside, y, OUTSIDE)
-
-    output = jnp.asarray(_attend(value, x, y, weight, order, interpret))  # [b, h, d, queries]
-    output = output.transpose(0, 3, 1, 2)[..., :d]
-    return order.from_blocks(output) if permute else output[:, :q]
+    return jnp.where(inside, x, OUTSIDE), jnp.where(inside, y, OUTSIDE), weight
 
 
 def touched(x: jax.Array, y: jax.Array, order: BlockOrder, points: int, interpret: bool) -> tuple[jax.Array, jax.Array]:
@@ -141,23 +150,27 @@ def touched(x: jax.Array, y: jax.Array, order: BlockOrder, points: int, interpre
     return first, end
 
 
-def _walks(first: jax.Array, end: jax.Array) -> jax.Array:
-    """`touched`'s in the form that the kernels' scalar core walks along.
+def _walks(first: jax.Array, end: jax.Array, order: BlockOrder, part: "_Part") -> jax.Array:
+    """`touched`'s in the form that the kernels' scalar core walks along, with units numbered within the part.
 
     Returns:
-        int32 `[b, h, n, bands + 3]`: of each band the first unit, the end (10 bits each) and the next band that is
-        touched (11 bits); the same of a last band without end; the first band that is touched; the number of units.
+        int32 `[b, h, n, 2 * bands + 4]`: of each band the first unit and the end (16 bits each), then the same of a
+        band with the unit that fills up; of all these, the next band that is touched; the first such band; the number
+        of units.
     """
+    bands = np.arange(part.end_band - part.first_band, dtype=np.int32)
+    total = len(bands)
+    columns = np.repeat([columns for _, columns in order.grids], [bands for bands, _ in order.grids])
+    columns = columns[part.first_band : part.end_band]
+    base = (np.cumsum(columns) - columns).astype(np.int32)
+    first, end = (z[..., part.first_band : part.end_band] for z in (first, end))
     count = end - first
-    total = first.shape[-1]
-    bands = np.arange(total + 1, dtype=np.int32)
-    # [..., band, later band] -> the next one that is touched; the last row is for the very first.
-    later = bands[:total] > np.concatenate([bands[:total], [-1]])[:, None]
-    following = jnp.min(jnp.where(later & (count > 0)[..., None, :], bands[:total], total), -1)
-    words = first | end << 10 | following[..., :total] << 20
-    stop = np.int32(1023 << 10 | total << 20)
-    extra = [jnp.full_like(words[..., :1], stop), following[..., total:], jnp.sum(count, -1, keepdims=True)]
-    return jnp.concatenate([words, *extra], -1)
+    # [..., band, later band] -> the next one that is touched.
+    later = bands > np.concatenate([bands, [total, -1]])[:, None]
+    following = jnp.min(jnp.where(later & (count > 0)[..., None, :], bands, total), -1)
+    words = base + first | base + end << 16
+    fill = jnp.full_like(words[..., :1], part.units)
+    return jnp.concatenate([words, fill, following, jnp.sum(count, -1, keepdims=True)], -1)
 
 
 def _touched_kernel(x_ref, y_ref, leftmost_ref, rightmost_ref, *, groups, points, total):
@@ -203,7 +216,12 @@ def _attend_forward(value, x, y, weight, order, interpret):
     output = jax.ShapeDtypeStruct((*value.shape[:3], x.shape[3]), dtype if len(parts) == 1 else jnp.float32)
     outputs = []
     for part in parts:
-        scratch = [pltpu.VMEM((3, x.shape[2], TILE), jnp.float32), pltpu.VMEM((part.units, d, TILE), dtype)]
+        scratch = [
+            pltpu.VMEM((3, x.shape[2], TILE), jnp.float32),
+            pltpu.VMEM((UNROLL // 2, d * dtype.itemsize // 4, TILE), jnp.float32),
+            pltpu.VMEM((d, TILE), jnp.float32),
+            pltpu.VMEM((part.units, d, TILE), dtype),
+        ]
         arrays = (value[..., part.lanes], x, y, weight)
         outputs += _call(_forward_kernel, arrays, extents, order, part, [output], scratch, interpret)
     return sum(outputs[1:], outputs[0]).astype(dtype), (value, x, y, weight, extents)
@@ -238,14 +256,14 @@ _attend.defvjp(_attend_forward, _attend_backward)
 def _call(kernel, arrays, extents, order, part, outputs, scratch, interpret):
     """Runs a kernel over (image, head, some tiles); the first array and output but for the forward's are values."""
     value, x = arrays[:2]
-    runs = _walks(*(z[..., part.first_band : part.end_band] for z in extents))
+    first, end = extents
+    runs = _walks(first, end, order, part)
     b, h, n = runs.shape[:3]
     points = x.shape[2] // len(order.spatial_shapes)
     tiles = min(TILES, n)
-    base, place = _bands(order, points, part)
-    bands = len(base) - 1
+    bands = part.end_band - part.first_band
     # A kernel's SMEM block must be whole in its last two axes.
-    runs = jnp.pad(runs, ((0, 0), (0, 0), (0, -n % tiles), (0, 0))).reshape(b, h, -1, 1, tiles * (bands + 3))
+    runs = jnp.pad(runs, ((0, 0), (0, 0), (0, -n % tiles), (0, 0))).reshape(b, h, -1, 1, tiles * runs.shape[3])
 
     def whole(z):
         return pl.BlockSpec((1, 1, *z.shape[2:]), lambda b, h, t, *_: (b, h, 0, 0))
@@ -258,7 +276,7 @@ def _call(kernel, arrays, extents, order, part, outputs, scratch, interpret):
     return pl.pallas_call(
         functools.partial(kernel, bands=bands, points=points, tiles=tiles, total=n),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=1,
             grid=(b, h, pl.cdiv(n, tiles)),
             in_specs=[smem, whole(value), *map(tiled, arrays[1:])],
             out_specs=[whole(z) if backward and i == 0 else tiled(z) for i, z in enumerate(outputs)],
@@ -274,7 +292,7 @@ def _call(kernel, arrays, extents, order, part, outputs, scratch, interpret):
         ),
         interpret=interpret,
         name=f"ms_deform_attn{kernel.__name__.removesuffix('_kernel')}",
-    )(base, place, runs, *arrays)
+    )(_places(order, points, part), runs, *arrays)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,47 +332,44 @@ def _vmem() -> int:
         return 64 * 2**20
 
 
-def _bands(order: BlockOrder, points: int, part: _Part) -> tuple[np.ndarray, np.ndarray]:
-    """Of each band: its first unit; its first row (20 bits) and its level's first sample (12 bits)."""
-    rows, unit = [], -part.first_unit
-    for level, (bands, columns) in enumerate(order.grids):
-        for band in range(bands):
-            rows.append((unit + band * columns, band * UNIT << 12 | level * points))
-        unit += bands * columns
-    rows = [*rows[part.first_band : part.end_band], (0, NOWHERE << 12)]  # the last one fills up iterations
-    first_units, places = (np.array(column, np.int32) for column in zip(*rows, strict=True))
-    return first_units, places
+def _places(order: BlockOrder, points: int, part: _Part) -> np.ndarray:
+    """Of each unit of a part: its level's first sample (11 bits), column (10 bits) and band in its level (11 bits)."""
+    places = [
+        np.int64(level * points) << 21 | np.arange(columns) << 11 | band
+        for level, (bands, columns) in enumerate(order.grids)
+        for band in range(bands)
+    ]
+    places = [*places[part.first_band : part.end_band], [NOWHERE]]  # the last one fills up iterations
+    return np.concatenate(places).astype(np.uint32).view(np.int32)
 
 
 class _Walk:
     """Along the units of a tile: scalar arithmetic that runs beside the vector unit's."""
 
-    def __init__(self, base_ref, place_ref, runs_ref, tile, bands):
-        self.base_ref, self.place_ref = base_ref, place_ref
-        self.runs_ref, self.offset = runs_ref, tile * (bands + 3)
-        self.first_band, count = self._word(bands + 1), self._word(bands + 2)
-        self.iterations = lax.div(count + UNROLL - 1, UNROLL)
+    def __init__(self, place_ref, runs_ref, tile, bands, units):
+        self.place_ref, self.bands, self.last = place_ref, bands, units - 1
+        self.runs_ref, self.offset = runs_ref, tile * (2 * bands + 4)
+        self.iterations = lax.div(self._word(2 * bands + 3) + UNROLL - 1, UNROLL)
 
     def _word(self, index):
         return self.runs_ref[0, 0, 0, 0, self.offset + index]
 
     def start(self):
-        """The state before the first unit: band, column, end of the columns, next band."""
-        return self._enter(self.first_band)
+        """The state before the first unit: it, the end of its band's, the next band."""
+        return self._enter(self._word(2 * self.bands + 2))
 
     def _enter(self, band):
         word = self._word(band)
-        return band, word & 1023, (word >> 10) & 1023, word >> 20
+        return word & 0xFFFF, word >> 16, self._word(self.bands + 1 + band)
 
     def take(self, state) -> tuple[tuple[Unit, ...], tuple]:
         """The next `UNROLL` units, and the state after them."""
         units = []
         for _ in range(UNROLL):
-            band, column, end, following = state
-            units.append((self.base_ref[band] + column, column, self.place_ref[band]))
-            done = column + 1 >= end
-            band, first, end, following = self._enter(jnp.where(done, following, band))
-            state = band, jnp.where(done, first, column + 1), end, following
+            unit, end, band = state
+            units.append((jnp.minimum(unit, self.last), self.place_ref[unit]))
+            on = unit + 1, end, band
+            state = tuple(jnp.where(unit + 1 < end, *z) for z in zip(on, self._enter(band), strict=True))
         return tuple(units), state
 
 
@@ -374,8 +389,9 @@ def _iota():
 
 def _place(unit: Unit):
     """The column of each lane's pixels in a unit, its first row and its level's first sample."""
-    _, column, place = unit
-    return (column * UNIT).astype(jnp.float32) + _iota(), (place >> 12).astype(jnp.float32), place & 4095
+    place = unit[1]
+    column, row = (place >> 11 & 1023) * UNIT, (place & 2047) * UNIT
+    return column.astype(jnp.float32) + _iota(), row.astype(jnp.float32), lax.shift_right_logical(place, 21)
 
 
 def _spread(sample_ref, kind, sample):
@@ -429,7 +445,6 @@ def _lanes(index):
 
 
 def _forward_kernel(
-    base_ref,
     place_ref,
     runs_ref,
     value_ref,
@@ -440,6 +455,8 @@ def _forward_kernel(
     matrix_ref,
     hat_ref,
     sample_ref,
+    pair_ref,
+    sum_ref,
     unit_ref,
     *,
     bands,
@@ -457,41 +474,40 @@ def _forward_kernel(
             return 0
 
         lax.fori_loop(0, value_ref.shape[3] // TILE, duplicate, 0)
+        matrix_ref[...] = jnp.zeros_like(matrix_ref)
 
     def tile(t, _):
-        walk = _Walk(base_ref, place_ref, runs_ref, t, bands)
+        walk = _Walk(place_ref, runs_ref, t, bands, unit_ref.shape[0])
         lanes = _lanes(t)
 
-        def multiply(units, output):
-            for k in range(0, UNROLL, 2):
-                output += _dot(_half(unit_ref[units[k]], unit_ref[units[k + 1]]), matrix_ref[k // 2], (1, 0))
-            return output
+        def multiply():
+            for pair in range(UNROLL // 2):
+                sum_ref[...] += _dot(pltpu.bitcast(pair_ref[pair], matrix_ref.dtype), matrix_ref[pair], (1, 0))
 
         def iteration(_, carry):
             # The matrix unit multiplies the weights of the iteration before while the vector unit builds the next.
-            output, units, state, before = carry
-            output = multiply(before, output)
+            units, state = carry
+            multiply()
             for k, unit in enumerate(units):
                 _build(matrix_ref, hat_ref, sample_ref, k, unit, points)
-            before = tuple(unit for unit, _, _ in units)
-            units, state = walk.take(state)
-            return output, units, state, before
+            for pair in range(UNROLL // 2):
+                left, right = (unit_ref[unit] for unit, _ in units[2 * pair : 2 * pair + 2])
+                pair_ref[pair] = pltpu.bitcast(_half(left, right), jnp.float32)
+            return walk.take(state)
 
         for i, ref in enumerate((x_ref, y_ref, weight_ref)):
             sample_ref[i] = ref[0, 0, :, lanes]
-        matrix_ref[...] = jnp.zeros_like(matrix_ref)
-        output = jnp.zeros((output_ref.shape[2], TILE), jnp.float32)
-        units, state = walk.take(walk.start())
-        carry = output, units, state, (jnp.int32(0),) * UNROLL
-        output, _, _, last = lax.fori_loop(0, walk.iterations, iteration, carry)
-        output_ref[0, 0, :, lanes] = multiply(last, output).astype(output_ref.dtype)
+        pair_ref[...] = jnp.zeros_like(pair_ref)  # the first iteration multiplies the matrix of another tile by it
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+        lax.fori_loop(0, walk.iterations, iteration, walk.take(walk.start()))
+        multiply()
+        output_ref[0, 0, :, lanes] = sum_ref[...].astype(output_ref.dtype)
         return 0
 
     lax.fori_loop(0, jnp.minimum(tiles, total - pl.program_id(2) * tiles), tile, 0)
 
 
 def _backward_kernel(
-    base_ref,
     place_ref,
     runs_ref,
     value_ref,
@@ -529,7 +545,7 @@ def _backward_kernel(
         lax.fori_loop(0, grad_value_ref.shape[3] // TILE, start, 0)
 
     def tile(t, _):
-        walk = _Walk(base_ref, place_ref, runs_ref, t, bands)
+        walk = _Walk(place_ref, runs_ref, t, bands, unit_ref.shape[0])
         lanes = _lanes(t)
         gradient = gradient_ref[0, 0, :, lanes].astype(value_ref.dtype)
         x, y, weight = x_ref[0, 0, :, lanes], y_ref[0, 0, :, lanes], weight_ref[0, 0, :, lanes]

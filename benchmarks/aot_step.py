@@ -1,0 +1,112 @@
+"""A whole training step compiled ahead of time for one TPU chip: does it fit, and what does each attention path cost?
+
+The step is the one that `train.py` runs: resampling, R50 two-stage Deformable DETR, bfloat16, matching on the device,
+losses, backward and the AdamW update. Nothing runs and no TPU is needed; each path compiles for five minutes or more
+on two cores.
+
+    pip install 'libtpu==0.0.42.*'
+    JAX_PLATFORMS=cpu python benchmarks/aot_step.py
+
+Memory is what the compiler allocates. Milliseconds are XLA's estimates, and bundles of kernels and gathers, at an
+assumed clock (`pallas_kernels.ms_deform_attn.ahead_of_time` says what that leaves out): sorts, and waiting. The
+matching's loops, whose length depends on the data, count once. The kernel's share assumes offsets that spread by 2
+pixels.
+"""
+
+import argparse
+import dataclasses
+import re
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+
+from detr_jax.config import Config, DataConfig, DeformableDETRConfig, TrainConfig
+from detr_jax.data.coco import load_split
+from detr_jax.data.pipeline import batches
+from detr_jax.data.sampler import TrainSampler
+from detr_jax.training import init_state, make_optimizer, make_train_step
+from pallas_kernels import block_order
+from pallas_kernels.ms_deform_attn import ahead_of_time
+from pallas_kernels.ms_deform_attn.bench import Count, visits
+from pallas_kernels.ms_deform_attn.order import TILE
+from pallas_kernels.ms_deform_attn.shapes import Shape
+
+SPREAD = 2.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--generation", choices=ahead_of_time.TOPOLOGIES, default="v5e", help="(default %(default)s)")
+    parser.add_argument("--canvas", type=int, nargs=2, default=(800, 1333), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--batch-size", type=int, default=2, help="images on the chip (default %(default)s)")
+    parser.add_argument("--implementations", nargs="+", default=["tensorcore", "xla"], help="(default %(default)s)")
+    args = parser.parse_args()
+    ahead_of_time.require_libtpu()
+    height, width = args.canvas
+    print(f"one {args.generation} chip, {args.batch_size} images of {height} x {width}, R50 two-stage, bfloat16")
+    print(f"assumed clock {ahead_of_time.CLOCK_GHZ[args.generation]} GHz; nothing was run\n")
+    print(f"{'':<12}{'------- GiB -------':^30}{'------------ ms ------------':^40}{'compiled':>10}")
+    print(
+        f"{'attention':<12}{'state':>10}{'temporary':>10}{'program':>10}"
+        f"{'XLA':>10}{'gathers':>10}{'kernels':>10}{'all':>10}{'in s':>10}",
+        flush=True,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        ahead_of_time.dump_bundles(Path(folder))
+        for implementation in args.implementations:
+            print(line(args.generation, tuple(args.canvas), args.batch_size, implementation, Path(folder)), flush=True)
+
+
+def line(generation: str, canvas: tuple[int, int], batch_size: int, implementation: str, folder: Path) -> str:
+    """Of the table."""
+    start = time.perf_counter()
+    compiled, shapes = compile_step(generation, canvas, batch_size, implementation)
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    cost = ahead_of_time.cost(compiled, folder)
+    kernels = 0
+    units = {name: visits(shape, SPREAD) for name, shape in shapes.items()} if implementation == "tensorcore" else {}
+    for kernel in ahead_of_time.kernels(compiled, "ms_deform_attn"):
+        queries = block_order(shapes["encoder"].spatial_shapes).length
+        tokens = re.search(rf",({queries}|{queries // TILE})\]", kernel.results)  # or tiles of them
+        name = "encoder" if tokens else "decoder"
+        kernels += Count.of(ahead_of_time.bundles(folder, kernel.label)).total(shapes[name], units[name])
+    sizes = [memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.generated_code_size_in_bytes]
+    cycles = [cost.cycles, cost.gathers, kernels, cost.cycles + cost.gathers + kernels]
+    columns = [f"{size / 2**30:>10.2f}" for size in sizes]
+    columns += [f"{z / ahead_of_time.CLOCK_GHZ[generation] / 1e6:>10.1f}" for z in cycles]
+    return f"{implementation:<12}{''.join(columns)}{seconds:>10.0f}"
+
+
+def compile_step(generation: str, canvas: tuple[int, int], batch_size: int, implementation: str):
+    """The compiled step, and the sizes of the encoder's and the decoder's attention."""
+    model = dataclasses.replace(DeformableDETRConfig.r50_two_stage(), implementation=implementation, dtype="bfloat16")
+    config = Config(model=model, data=DataConfig(root="tests/data/coco_open"), train=TrainConfig(batch_size=batch_size))
+    index = load_split(config.data, "train")
+    sampler = TrainSampler(index, config.data, batch_size, seed=0)
+    _, batch = next(batches(index, sampler, [0], data_config=config.data))
+    batch.pop("image_id")
+    optimizer = make_optimizer(config.optim, total_steps=1000)
+    mesh = ahead_of_time.mesh(generation)
+    graphdef = None
+
+    def init():
+        nonlocal graphdef
+        graphdef, state = init_state(config, optimizer, mesh)
+        return state
+
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(init)
+        assert graphdef is not None
+        step = make_train_step(config, graphdef, optimizer, sampler)
+        compiled = step.trace(state, batch, canvas=canvas).lower(lowering_platforms=("tpu",)).compile()
+    levels = [tuple(-(-side // stride) for side in canvas) for stride in (8, 16, 32, 64)]
+    encoder = Shape(batch_size, tuple(levels), None, model.num_heads, model.hidden_dim // model.num_heads)
+    return compiled, {"encoder": encoder, "decoder": dataclasses.replace(encoder, queries=model.num_queries)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""What the TPU's compiler says of a program, on a machine that has no TPU.
+
+`libtpu` compiles for real slices anywhere. Its optimised HLO carries an estimate of cycles for most operations, and
+its dumps show the bundles (instructions that are issued together) of kernels and gathers, which have no estimate. Both
+count work that is issued, not waiting: for memory, for the matrix unit's last result, for other chips. A real program
+takes longer; the ratio of two of them is more to be trusted than either.
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
+"""Generation -> a small slice of it; programs are compiled for its first core."""
+CLOCK_GHZ = {"v4": 1.05, "v5e": 1.5, "v5p": 1.75, "v6e": 1.75, "7x": 2.2}
+"""Assumed clocks: published or inferred from published peaks, not measured."""
+
+
+def require_libtpu() -> None:
+    """Prepares the environment for compiling without a TPU; call it before anything else of JAX.
+
+    Raises:
+        ImportError: `libtpu` is not installed; says which to install.
+    """
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to wait for
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # Of this machine, which libtpu would ask for; what is compiled for does not depend on it.
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    try:
+        import libtpu  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "compiling for TPUs needs libtpu, which is not installed: pip install 'libtpu==0.0.42.*' (what jax 0.10.2 "
+            "asks for), and set JAX_PLATFORMS=cpu where there is no TPU"
+        ) from error
+
+
+def dump_bundles(folder: Path) -> None:
+    """Lets libtpu write the bundles of what it compiles to `folder`; call it before the first compilation."""
+    os.environ["LIBTPU_INIT_ARGS"] = (
+        f"{os.environ.get('LIBTPU_INIT_ARGS', '')} --xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
+        "--xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"
+    )
+
+
+def mesh(generation: str, axis: str = "data") -> jax.sharding.Mesh:
+    """One core of a generation (a key of `TOPOLOGIES`), to compile for."""
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[generation])
+    return jax.sharding.Mesh(np.array(topology.devices[:1]), (axis,))
+
+
+def compile_for(generation: str, function: Callable, *arguments) -> jax.stages.Compiled:
+    """`function` of arguments of these shapes (`jax.ShapeDtypeStruct`), compiled for one core."""
+    target = mesh(generation)
+    sharding = jax.sharding.NamedSharding(target, jax.P())
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
+    with jax.set_mesh(target):
+        return jax.jit(function, out_shardings=sharding).lower(*arguments).compile()
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Cycles of a compiled program outside of Pallas kernels."""
+
+    cycles: float = 0.0
+    """Estimated by XLA."""
+    gathers: float = 0.0
+    """Bundles of gathers and scatters, of which XLA has no estimate."""
+    unknown: int = 0
+    """Sorts and other operations of which neither is known."""
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+    def times(self, count: int) -> "Cost":
+        """The cost of `count` runs."""
+        return Cost(self.cycles * count, self.gathers * count, self.unknown * count)
+
+
+def cost(compiled: jax.stages.Compiled, folder: Path) -> Cost:
+    """Adds up a program whose bundles are in `folder`; loops times their trip counts."""
+    computations: dict[str, list[str]] = {}
+    entry = name = ""
+    for line in (compiled.as_text() or "").splitlines():
+        if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", line):
+            name = header[2]
+            entry = name if header[1] else entry
+            computations[name] = []
+        elif name:
+            computations[name].append(line)
+
+    def of(computation: str) -> Cost:
+        total = Cost()
+        for line in computations[computation]:
+            instruction = re.match(r"\s*(?:ROOT )?%([\w.\-]+) = .*? ([\w\-]+)\(", line)
+            if instruction is None:
+                continue
+            label, operation = instruction.groups()
+            if operation == "while":
+                total += of(_attribute(line, "body")).times(_trips(computations[_attribute(line, "condition")]))
+            elif operation in ("call", "conditional"):
+                total += of(_attribute(line, "to_apply|true_computation"))
+            elif estimate := re.search(r'"estimated_cycles":"?(\d+)', line):
+                total += Cost(cycles=int(estimate[1]))
+            elif operation == "fusion" and any(
+                re.search(r" (gather|scatter)\(", inner) for inner in computations[_attribute(line, "calls")]
+            ):
+                total += Cost(gathers=issued(bundles(folder, label)))
+            elif operation in ("sort", "scatter", "gather"):
+                total += Cost(unknown=1)
+        return total
+
+    return of(entry)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A call of a Pallas kernel."""
+
+    label: str
+    """Of its HLO instruction."""
+    results: str
+    """Their types and shapes, as HLO writes them."""
+    vmem: int
+    """Bytes of vector memory."""
+
+
+def kernels(compiled: jax.stages.Compiled, name: str) -> list[Kernel]:
+    """The calls of Pallas kernels with `name` in their names."""
+    found = []
+    for line in (compiled.as_text() or "").splitlines():
+        if match := re.match(rf"\s*(?:ROOT )?%([\w.\-]*{name}[\w.\-]*) = (.*) custom-call\(", line):
+            used = re.search(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"', line)
+            found.append(Kernel(match[1], match[2], int(used[1]) if used else 0))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """One bundle of a dump."""
+
+    depth: int
+    """How many loops it is in."""
+    begins: bool
+    """It is the first one of a loop."""
+    trips: int | None
+    """Trip count of the loop that it ends, where that is a constant."""
+
+
+def bundles(folder: Path, label: str) -> list[Bundle]:
+    """The bundles of the HLO instruction `label`, compiled last."""
+    for name in (label, label.rpartition(".")[0]):  # of equal instructions one is compiled
+        files = [file for file in folder.glob(f"*-{name}-*final_bundles.txt") if "schedule-analysis" not in file.name]
+        if files:
+            break
+    if not files:
+        raise FileNotFoundError(f"{folder}: no bundles of {label}: call dump_bundles before anything compiles")
+    found, depth = [], 0
+    for line in max(files).read_text(errors="replace").splitlines():
+        if bundle := re.match(r"\s*(?:0x[0-9a-f]+|\d+)\s+(LB|LH|LE|PB|PF|CT)?\s*:\s*(>*)\s*\{(.*)", line):
+            if bundle[3] != "}":  # an empty one belongs to the loop before
+                depth = len(bundle[2])
+            test = re.search(r"scmp\.\S+ \S+ (\d+) /\* loop exit test", line)
+            found.append(Bundle(depth, bundle[1] == "LB", int(test[1]) if test else None))
+    return found
+
+
+def issued(bundles: list[Bundle]) -> int:
+    """How many are issued in all: outermost loops times their trip counts, inner ones counted once."""
+    total = inside = 0
+    for bundle in bundles:
+        if bundle.depth == 0:
+            total += 1
+        else:
+            inside += 1
+        if bundle.depth == 1 and bundle.trips:
+            total, inside = total + inside * bundle.trips, 0
+    return total + inside
+
+
+def _attribute(line: str, name: str) -> str:
+    match = re.search(rf"(?:{name})=%?([\w.\-]+)", line)
+    assert match, line
+    return match[1]
+
+
+def _trips(condition: list[str]) -> int:
+    """Of a loop that counts from 0: the constant that its condition compares with."""
+    constants = [int(match[1]) for line in condition if (match := re.search(r" constant\((\d+)\)", line))]
+    return max(constants, default=1)
