@@ -262,7 +262,7 @@ def _first_image(outputs: dict[str, Any], captured: dict[str, Any], points: jax.
         all_filled.append(filled)
     tokens = jnp.stack(tokens, 1).reshape(-1)
     if isinstance(config, DeformableDETRConfig):
-        order = token_order(config.implementation, [valid.shape for valid in valid_maps])
+        order = token_order(config.implementation, [valid.shape for valid in valid_maps], config.encoder_points)
         if order is not None:  # the encoder's queries are in it: where is each token?
             numbers = order.from_blocks(jnp.arange(order.length)[None])[0]
             tokens = numbers[tokens]

@@ -98,7 +98,7 @@ def test_blocks_of_tokens_make_no_difference(deformable, monkeypatch):
     """On TPUs the encoder's tokens are in another order; the points' cells must be found in it."""
     detector, _, seen = deformable
     for module in (deformable_detr, inspection):
-        monkeypatch.setattr(module, "token_order", lambda _, shapes: attention.block_order(shapes))
+        monkeypatch.setattr(module, "token_order", lambda _, shapes, points: attention.block_order(shapes))
     again = Inspector(detector)(photo(), POINTS)
     # Sums over the same numbers in another order, float32; up to 640 pixels.
     np.testing.assert_allclose(again.encoder.references, seen.encoder.references, atol=1e-2)

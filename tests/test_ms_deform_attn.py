@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from sparsecore_interpreter import sparsecore_interpreter
 
-from pallas_kernels.ms_deform_attn import IMPLEMENTATIONS, block_order, ms_deform_attn, tensorcore
+from pallas_kernels.ms_deform_attn import IMPLEMENTATIONS, best_implementation, block_order, ms_deform_attn, tensorcore
 from pallas_kernels.ms_deform_attn.shapes import SHAPES, SMALL
 
 LEVELS = ((3, 5), (2, 3), (1, 1))
@@ -146,6 +146,21 @@ def test_block_order_is_a_permutation():
     np.testing.assert_array_equal(blocks[:, order.is_token].sort(1), x)
     # A unit is a square of the map: its first row is eight tokens of the first row, its second those below.
     np.testing.assert_array_equal(blocks[0, :16, 0], 3 * np.r_[0:8, 19:27])
+
+
+def test_what_none_stands_for(monkeypatch):
+    """On a TPU the kernel, or the XLA path where maps are too large for it; a name that does not take them raises."""
+    huge = ((1, 9000), (1, 1))
+    assert best_implementation(LEVELS, points=4) == "reference"
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert best_implementation(LEVELS, points=4) == "tensorcore"
+    assert best_implementation(huge, points=4) == "xla"
+    assert best_implementation(LEVELS, points=1000) == "xla"
+    arrays = problem(spatial_shapes=huge)
+    expected = ms_deform_attn(arrays[0], huge, *arrays[1:], implementation="xla")
+    assert_close(ms_deform_attn(arrays[0], huge, *arrays[1:]), expected, 0)
+    with pytest.raises(ValueError, match=r"too large .* 1126 columns of 8 pixels \(at most 1023\).*'xla'"):
+        ms_deform_attn(arrays[0], huge, *arrays[1:], implementation="tensorcore")
 
 
 def test_maps_larger_than_the_memory(monkeypatch):

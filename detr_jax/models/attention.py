@@ -121,9 +121,11 @@ class MSDeformAttn(nnx.Module):
         return self.output_proj(output.reshape(b, q, -1))
 
 
-def token_order(implementation: str | None, spatial_shapes: Sequence[tuple[int, int]]) -> BlockOrder | None:
+def token_order(
+    implementation: str | None, spatial_shapes: Sequence[tuple[int, int]], points: int
+) -> BlockOrder | None:
     """How an encoder should order its tokens: in blocks for the TPU's kernel, else (`None`) row by row."""
-    name = implementation or best_implementation()
+    name = implementation or best_implementation(spatial_shapes, points)
     return block_order(spatial_shapes) if name == "tensorcore" else None
 
 

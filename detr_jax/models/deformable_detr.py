@@ -212,7 +212,7 @@ class DeformableDETR(nnx.Module):
         centres = jnp.concatenate([cell_boxes(v, 0.0)[..., :2] for v in valid_maps], 1)
         reference_points = centres[:, :, None] * valid_ratios[:, None]
         # On TPUs, tokens that are neighbours on the map are kept together from here to the decoder.
-        order = token_order(self.config.implementation, spatial_shapes)
+        order = token_order(self.config.implementation, spatial_shapes, self.config.encoder_points)
         if order:
             inputs = (tokens, position, reference_points, valid)
             tokens, position, reference_points, valid = (order.to_blocks(x) for x in inputs)

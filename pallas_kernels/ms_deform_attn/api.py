@@ -11,7 +11,7 @@ from pallas_kernels.ms_deform_attn.gpu import ms_deform_attn_gpu
 from pallas_kernels.ms_deform_attn.order import block_order
 from pallas_kernels.ms_deform_attn.reference import ms_deform_attn_reference
 from pallas_kernels.ms_deform_attn.sparsecore import ms_deform_attn_sparsecore
-from pallas_kernels.ms_deform_attn.tensorcore import ms_deform_attn_tensorcore
+from pallas_kernels.ms_deform_attn.tensorcore import ms_deform_attn_tensorcore, too_large
 from pallas_kernels.ms_deform_attn.xla import ms_deform_attn_xla
 
 IMPLEMENTATIONS = {
@@ -69,7 +69,7 @@ def ms_deform_attn(
         jnp.asarray(x) for x in (value, sampling_locations, attention_weights)
     )
     _check(value, spatial_shapes, sampling_locations, attention_weights, in_blocks)
-    name = implementation or best_implementation()
+    name = implementation or best_implementation(spatial_shapes, attention_weights.shape[-1])
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={name!r} is unknown: expected one of {sorted(IMPLEMENTATIONS)} or None")
     kernel = functools.partial(IMPLEMENTATIONS[name], interpret=interpret)
@@ -94,9 +94,14 @@ def ms_deform_attn(
     return attend(value, sampling_locations, attention_weights)
 
 
-def best_implementation() -> str:
-    """The implementation that `None` stands for on the platform that JAX computes on by default."""
-    return "tensorcore" if jax.default_backend() == "tpu" else "reference"
+def best_implementation(spatial_shapes: Sequence[tuple[int, int]], points: int) -> str:
+    """The implementation that `None` stands for, on the platform that JAX computes on by default.
+
+    On a TPU it is `tensorcore`, or `xla` where the maps are too large for that; elsewhere `reference`.
+    """
+    if jax.default_backend() != "tpu":
+        return "reference"
+    return "tensorcore" if too_large(block_order(spatial_shapes), points) is None else "xla"
 
 
 def _unblocked(kernel, value, spatial_shapes, sampling_locations, attention_weights):

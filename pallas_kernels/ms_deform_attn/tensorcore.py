@@ -71,10 +71,11 @@ def ms_deform_attn_tensorcore(
         `[b, q, h, d]`, in the order of the queries.
 
     Raises:
-        ValueError: maps of more than 8184 columns or 16000 rows.
+        ValueError: maps of more than 8184 columns, 16368 rows in all levels, or 2047 points in all levels.
     """
     order = block_order(spatial_shapes)
-    _check(order)
+    if reason := too_large(order, sampling_locations.shape[4]):
+        raise ValueError(reason)
     q, d = sampling_locations.shape[1], value.shape[-1]
     # A grid of queries is tiled like the map; otherwise 128 queries in a row are a tile.
     permute = not in_blocks and q == value.shape[1] == sum(height * width for height, width in spatial_shapes)
@@ -373,14 +374,17 @@ class _Walk:
         return tuple(units), state
 
 
-def _check(order: BlockOrder) -> None:
-    """Raises `ValueError` for maps whose band or column numbers do not fit into their bits."""
+def too_large(order: BlockOrder, points: int) -> str | None:
+    """Why the kernel does not take these maps: numbers of units and samples have so many bits (`_places`)."""
     bands, columns = sum(rows for rows, _ in order.grids), max(columns for _, columns in order.grids)
-    if bands >= 2**11 or columns >= 2**10:
-        raise ValueError(
-            f"spatial_shapes {order.spatial_shapes} are too large for the TensorCore kernel: {columns} columns of 8 "
-            f"pixels (at most 1023) and {bands} rows of them in all levels (at most 2047). Use implementation='xla'"
-        )
+    samples = len(order.grids) * points
+    if bands < NOWHERE and columns < 2**10 and samples < 2**11:
+        return None
+    return (
+        f"spatial_shapes {order.spatial_shapes} with {points} points are too large for the TensorCore kernel: "
+        f"{columns} columns of 8 pixels (at most 1023), {bands} rows of them in all levels (at most {NOWHERE - 1}), "
+        f"{samples} samples (at most 2047). Use implementation='xla'"
+    )
 
 
 def _iota():
