@@ -9,28 +9,30 @@ on two cores.
 
 Memory is what the compiler allocates. Milliseconds are XLA's estimates, and bundles of kernels and gathers, at an
 assumed clock (`pallas_kernels.ms_deform_attn.ahead_of_time` says what that leaves out): sorts, and waiting. The
-matching's loops, whose length depends on the data, count once. The kernel's share assumes offsets that spread by 2
-pixels.
+matching's loops, whose length depends on the data, count once. Gathers and kernels are the attention's, of layers that
+are compiled once more, each for itself. The kernels' share assumes offsets that spread by 2 pixels.
 """
 
 import argparse
 import dataclasses
-import re
+import multiprocessing
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from detr_jax.config import Config, DataConfig, DeformableDETRConfig, TrainConfig
 from detr_jax.data.coco import load_split
 from detr_jax.data.pipeline import batches
 from detr_jax.data.sampler import TrainSampler
 from detr_jax.training import init_state, make_optimizer, make_train_step
-from pallas_kernels import block_order
 from pallas_kernels.ms_deform_attn import ahead_of_time
-from pallas_kernels.ms_deform_attn.bench import Count, visits
-from pallas_kernels.ms_deform_attn.order import TILE
+from pallas_kernels.ms_deform_attn.bench import static_costs, visits
 from pallas_kernels.ms_deform_attn.shapes import Shape
 
 SPREAD = 2.0
@@ -53,36 +55,43 @@ def main() -> None:
         f"{'XLA':>10}{'gathers':>10}{'kernels':>10}{'all':>10}{'in s':>10}",
         flush=True,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        ahead_of_time.dump_bundles(Path(folder))
-        for implementation in args.implementations:
-            print(line(args.generation, tuple(args.canvas), args.batch_size, implementation, Path(folder)), flush=True)
+    for implementation in args.implementations:
+        print(line(args.generation, (height, width), args.batch_size, implementation), flush=True)
 
 
-def line(generation: str, canvas: tuple[int, int], batch_size: int, implementation: str, folder: Path) -> str:
+def line(generation: str, canvas: tuple[int, int], batch_size: int, implementation: str) -> str:
     """Of the table."""
     start = time.perf_counter()
-    compiled, shapes = compile_step(generation, canvas, batch_size, implementation)
+    compiled, layers = compile_step(generation, canvas, batch_size, implementation)
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     assert memory is not None
-    cost = ahead_of_time.cost(compiled, folder)
-    kernels = 0
-    units = {name: visits(shape, SPREAD) for name, shape in shapes.items()} if implementation == "tensorcore" else {}
-    for kernel in ahead_of_time.kernels(compiled, "ms_deform_attn"):
-        queries = block_order(shapes["encoder"].spatial_shapes).length
-        tokens = re.search(rf",({queries}|{queries // TILE})\]", kernel.results)  # or tiles of them
-        name = "encoder" if tokens else "decoder"
-        kernels += Count.of(ahead_of_time.bundles(folder, kernel.label)).total(shapes[name], units[name])
+    cost = ahead_of_time.cost(compiled, folder=None)
+    gathers = kernels = 0.0
+    for shape, count in layers:  # in a process of its own: libtpu writes bundles of all that it compiles, or of none
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            per_layer = process.submit(of_layer, shape, generation, implementation).result()
+        gathers, kernels = gathers + count * per_layer[0], kernels + count * per_layer[1]
     sizes = [memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.generated_code_size_in_bytes]
-    cycles = [cost.cycles, cost.gathers, kernels, cost.cycles + cost.gathers + kernels]
+    cycles = [cost.cycles, gathers, kernels, cost.cycles + gathers + kernels]
     columns = [f"{size / 2**30:>10.2f}" for size in sizes]
     columns += [f"{z / ahead_of_time.CLOCK_GHZ[generation] / 1e6:>10.1f}" for z in cycles]
     return f"{implementation:<12}{''.join(columns)}{seconds:>10.0f}"
 
 
+def of_layer(shape: Shape, generation: str, implementation: str) -> tuple[float, float]:
+    """Bundles of gathers and of kernels in one layer of attention, forward and backward."""
+    ahead_of_time.require_libtpu()
+    with tempfile.TemporaryDirectory() as folder:
+        ahead_of_time.dump_bundles(Path(folder))
+        costs = static_costs(shape, jnp.dtype("bfloat16"), generation, implementation, Path(folder))
+    units = visits(shape, SPREAD) if implementation == "tensorcore" else np.zeros(0)
+    kernels = sum(count.total(shape, units) for _, counts in costs.values() for count in counts.values())
+    return sum(cost.gathers for cost, _ in costs.values()), kernels
+
+
 def compile_step(generation: str, canvas: tuple[int, int], batch_size: int, implementation: str):
-    """The compiled step, and the sizes of the encoder's and the decoder's attention."""
+    """The compiled step; the sizes of the encoder's and the decoder's attention and how many layers have them."""
     model = dataclasses.replace(DeformableDETRConfig.r50_two_stage(), implementation=implementation, dtype="bfloat16")
     config = Config(model=model, data=DataConfig(root="tests/data/coco_open"), train=TrainConfig(batch_size=batch_size))
     index = load_split(config.data, "train")
@@ -101,11 +110,12 @@ def compile_step(generation: str, canvas: tuple[int, int], batch_size: int, impl
     with jax.set_mesh(mesh):
         state = jax.eval_shape(init)
         assert graphdef is not None
-        step = make_train_step(config, graphdef, optimizer, sampler)
+        step: Any = make_train_step(config, graphdef, optimizer, sampler)  # a jitted function
         compiled = step.trace(state, batch, canvas=canvas).lower(lowering_platforms=("tpu",)).compile()
-    levels = [tuple(-(-side // stride) for side in canvas) for stride in (8, 16, 32, 64)]
-    encoder = Shape(batch_size, tuple(levels), None, model.num_heads, model.hidden_dim // model.num_heads)
-    return compiled, {"encoder": encoder, "decoder": dataclasses.replace(encoder, queries=model.num_queries)}
+    levels = tuple((-(-canvas[0] // stride), -(-canvas[1] // stride)) for stride in (8, 16, 32, 64))
+    encoder = Shape(batch_size, levels, None, model.num_heads, model.hidden_dim // model.num_heads)
+    decoder = dataclasses.replace(encoder, queries=model.num_queries)
+    return compiled, [(encoder, model.encoder_layers), (decoder, model.decoder_layers)]
 
 
 if __name__ == "__main__":

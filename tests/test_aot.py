@@ -8,11 +8,12 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from pallas_kernels import ms_deform_attn
+from pallas_kernels import block_order, ms_deform_attn
 from pallas_kernels.ms_deform_attn import ahead_of_time, bench
-from pallas_kernels.ms_deform_attn.shapes import COCO_WIDE
+from pallas_kernels.ms_deform_attn.shapes import COCO_WIDE, SMALL
 
 SQUARE = ((167, 167), (84, 84), (42, 42), (21, 21))  # 1333 x 1333
 VMEM_MIB = {"v4": 16, "v5e": 128, "v5p": 96, "v6e": 128, "7x": 64}
@@ -102,6 +103,30 @@ def test_missing_libtpu_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     with pytest.raises(ImportError, match="pip install 'libtpu"):
         ahead_of_time.require_libtpu()
+
+
+def test_timing_on_a_device(capsys):
+    """Here the CPU; what does not run on it says so and does not stop the others."""
+    bench.print_timed(SMALL["odd_decoder"], jnp.dtype("float32"), ["sparsecore", "reference", "xla"], repeats=1)
+    lines = capsys.readouterr().out.splitlines()[3:]
+    assert [line.split()[:2] for line in lines[:4]] == [
+        ["sparsecore", "0"],
+        ["reference", "0"],
+        ["xla", "0"],
+        ["sparsecore", "2"],
+    ]
+    assert "does not run here" in lines[0]
+    assert all(float(z) > 0 for line in lines[1:3] for z in line.split()[2:])
+
+
+def test_visits_follow_the_spread():
+    """More spread, more units; none can be visited twice."""
+    units = [bench.visits(SMALL["odd_encoder"], spread) for spread in (0.0, 2.0, 8.0)]
+    assert units[0].shape == (2, 2, 6)  # tiles: four, one and one
+    means = [z.mean() for z in units]
+    assert 1 < means[0] < means[1] < means[2]
+    assert max(z.max() for z in units) <= block_order(SMALL["odd_encoder"].spatial_shapes).units
+    assert bench.iterations(np.array([[[0, 1, 4, 5]]])) == 4
 
 
 def need_libtpu():

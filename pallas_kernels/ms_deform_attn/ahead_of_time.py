@@ -85,8 +85,8 @@ class Cost:
         return Cost(self.cycles * count, self.gathers * count, self.unknown * count)
 
 
-def cost(compiled: jax.stages.Compiled, folder: Path) -> Cost:
-    """Adds up a program whose bundles are in `folder`; loops times their trip counts."""
+def cost(compiled: jax.stages.Compiled, folder: Path | None) -> Cost:
+    """Adds up a program whose bundles are in `folder` (`None`: gathers are left out); loops times their trip counts."""
     computations: dict[str, list[str]] = {}
     entry = name = ""
     for line in (compiled.as_text() or "").splitlines():
@@ -113,7 +113,7 @@ def cost(compiled: jax.stages.Compiled, folder: Path) -> Cost:
             elif operation == "fusion" and any(
                 re.search(r" (gather|scatter)\(", inner) for inner in computations[_attribute(line, "calls")]
             ):
-                total += Cost(gathers=issued(bundles(folder, label)))
+                total += Cost(gathers=issued(bundles(folder, label)) if folder else 0)
             elif operation in ("sort", "scatter", "gather"):
                 total += Cost(unknown=1)
         return total

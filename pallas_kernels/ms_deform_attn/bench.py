@@ -225,30 +225,40 @@ def print_static(shape: Shape, dtype: jnp.dtype, generations: list[str], impleme
 
 def static_lines(shape, dtype, generation, name, units, folder):
     """Two lines of the table: forward and backward."""
-    arrays = jax.eval_shape(functools.partial(problem, shape, dtype, 0.0))
-    in_blocks = name == "tensorcore"
-    if in_blocks:
-        arrays = jax.eval_shape(functools.partial(in_order, shape), arrays)
-    run = layer(shape, operation(shape, name, in_blocks))
-    gradient = jax.ShapeDtypeStruct(arrays.query.shape, dtype)
-    before = ahead_of_time.Cost()
-    for part, function, arguments in (
-        ("forward", run, arrays),
-        ("backward", both_passes(run), (*arrays, gradient)),
-    ):
-        compiled = ahead_of_time.compile_for(generation, function, *arguments)
-        cost = ahead_of_time.cost(compiled, folder)
-        own, before = cost + before.times(-1), cost
-        kernels = ahead_of_time.kernels(compiled, "ms_deform_attn_" + ("" if part == "forward" else "backward"))
-        counts = [Count.of(ahead_of_time.bundles(folder, kernel.label)) for kernel in kernels]
+    for part, (cost, kernels) in static_costs(shape, dtype, generation, name, folder).items():
+        counts = list(kernels.values())
         issued = [sum(count.total(shape, z) for count in counts) / 1e6 for z in units.values()]
-        ms = [(own.cycles / 1e6 + own.gathers / 1e6 + z) / ahead_of_time.CLOCK_GHZ[generation] for z in issued]
-        gathers = (f"{own.gathers / 1e6:.2f}" if own.gathers else "-") + ("+" if own.unknown else "")
+        ms = [(cost.cycles / 1e6 + cost.gathers / 1e6 + z) / ahead_of_time.CLOCK_GHZ[generation] for z in issued]
+        gathers = (f"{cost.gathers / 1e6:.2f}" if cost.gathers else "-") + ("+" if cost.unknown else "")
         kernel = "".join(f"{z:>9.2f}" if counts else f"{'-':>9}" for z in issued)
         inner = f"{max(count.iteration for count in counts)}" if counts else "-"
         vmem = f"{max(kernel.vmem for kernel in kernels) / 2**20:.0f}" if kernels else "-"
-        line = f"{generation:<5}{name:<16}{part:<15}{own.cycles / 1e6:>7.2f}{gathers:>9}{kernel}{inner:>8}{vmem:>6}"
+        line = f"{generation:<5}{name:<16}{part:<15}{cost.cycles / 1e6:>7.2f}{gathers:>9}{kernel}{inner:>8}{vmem:>6}"
         yield line + "".join(f"{z:>9.2f}" for z in ms)
+
+
+def static_costs(
+    shape: Shape, dtype: jnp.dtype, generation: str, implementation: str, folder: Path
+) -> dict[str, tuple[ahead_of_time.Cost, dict[ahead_of_time.Kernel, "Count"]]]:
+    """Of the forward pass and of what the backward adds: the cost outside of kernels, and the kernels' bundles."""
+    arrays = jax.eval_shape(functools.partial(problem, shape, dtype, 0.0))
+    in_blocks = implementation == "tensorcore"
+    if in_blocks:
+        arrays = jax.eval_shape(functools.partial(in_order, shape), arrays)
+    run = layer(shape, operation(shape, implementation, in_blocks))
+    gradient = jax.ShapeDtypeStruct(arrays.query.shape, dtype)
+    before, costs = ahead_of_time.Cost(), {}
+    for part, function, arguments, names in (
+        ("forward", run, arrays, "ms_deform_attn_"),
+        ("backward", both_passes(run), (*arrays, gradient), "ms_deform_attn_backward"),
+    ):
+        compiled = ahead_of_time.compile_for(generation, function, *arguments)
+        cost = ahead_of_time.cost(compiled, folder)
+        kernels = ahead_of_time.kernels(compiled, names)
+        counts = {kernel: Count.of(ahead_of_time.bundles(folder, kernel.label)) for kernel in kernels}
+        costs[part] = cost + before.times(-1), counts
+        before = cost
+    return costs
 
 
 def visits(shape: Shape, spread: float) -> np.ndarray:
