@@ -18,6 +18,7 @@ import dataclasses
 import multiprocessing
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -56,11 +57,18 @@ def main() -> None:
         flush=True,
     )
     for implementation in args.implementations:
-        print(line(args.generation, (height, width), args.batch_size, implementation), flush=True)
+        print(apart(line, args.generation, (height, width), args.batch_size, implementation), flush=True)
+
+
+def apart(function: Callable, *args):
+    """The result of a function that runs in a process of its own: compilations take gigabytes."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *args).result()
 
 
 def line(generation: str, canvas: tuple[int, int], batch_size: int, implementation: str) -> str:
     """Of the table."""
+    ahead_of_time.require_libtpu()
     start = time.perf_counter()
     compiled, layers = compile_step(generation, canvas, batch_size, implementation)
     seconds = time.perf_counter() - start
@@ -68,9 +76,8 @@ def line(generation: str, canvas: tuple[int, int], batch_size: int, implementati
     assert memory is not None
     cost = ahead_of_time.cost(compiled, folder=None)
     gathers = kernels = 0.0
-    for shape, count in layers:  # in a process of its own: libtpu writes bundles of all that it compiles, or of none
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-            per_layer = process.submit(of_layer, shape, generation, implementation).result()
+    for shape, count in layers:  # apart from the step: libtpu writes bundles of all that a process compiles, or of none
+        per_layer = apart(of_layer, shape, generation, implementation)
         gathers, kernels = gathers + count * per_layer[0], kernels + count * per_layer[1]
     sizes = [memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.generated_code_size_in_bytes]
     cycles = [cost.cycles, gathers, kernels, cost.cycles + gathers + kernels]
