@@ -60,12 +60,19 @@ def fixed_maps(request, monkeypatch):
         monkeypatch.setattr(ResNet, "__call__", maps)
 
 
+@functools.cache
+def random_model(config):
+    """Graph and weights of a model, none of them zero."""
+    graphdef, state = nnx.split(transformers_weights.load(config, transformers_weights.random_weights(config)))
+    return graphdef, jax.tree.map(jnp.asarray, state)
+
+
 def loaded(config, **changes) -> Loaded:
-    """A detector with random weights, none of them zero."""
+    """A detector with random weights."""
     config = dataclasses.replace(config, **changes)
-    model = transformers_weights.load(config, transformers_weights.random_weights(config))
-    model = nnx.merge(*jax.tree.map(jnp.asarray, nnx.split(model)))
     classification = "softmax" if isinstance(config, DETRConfig) else "focal"
+    graphdef, state = random_model(config)
+    model = nnx.merge(graphdef, jax.tree.map(lambda x: x, state))
     return Loaded(config, model, CELLS, classification, 64, 96, "random weights")
 
 
@@ -243,7 +250,7 @@ def test_queries_of_two_stage_are_the_best_proposals():
 
 
 @pytest.mark.parametrize("config", [MULTI, REFINED, TWO_STAGE, DETR], ids=["multi", "refined", "two_stage", "detr"])
-def test_dropping_the_last_decoder_layer_gives_the_auxiliary_outputs(config, tmp_path):
+def test_dropping_the_last_decoder_layer_gives_the_auxiliary_outputs(config):
     old = loaded(config, decoder_layers=2)
     short = surgery.change_layers(old, decoder=[0])
     was, now = run(old), run(short)
@@ -258,8 +265,6 @@ def test_dropping_the_last_decoder_layer_gives_the_auxiliary_outputs(config, tmp
     kept = run(long)["aux_outputs"]
     assert_close(kept["pred_logits"][0], now["pred_logits"])
     assert_close(kept["pred_boxes"][0], now["pred_boxes"])
-    if config is REFINED:
-        assert_trains(long, tmp_path, moves=("decoder.1.ffn.linear2", "bbox_embed.1.layers.2"))
 
 
 def test_a_new_refined_layer_starts_with_the_boxes_before_it():
@@ -520,7 +525,8 @@ def test_fine_tuning_with_adapters_from_a_checkpoint_without(tmp_path):
     old = loaded(MULTI)
     old.save(tmp_path / "old")
     config = surgery.add_lora(old, 2).config
-    _, params, buffers = split(config, build(config, rngs=nnx.Rngs(0)))
+    _, params, buffers = split(config, surgery.add_lora(old, 2).model)
+    buffers = jax.tree.map(jnp.zeros_like, buffers)
     params, buffers, report = fine_tuned(tmp_path / "old", config, CELLS, params, buffers)
     assert "decoder.0.self_attn.query.lora.lora_a" in report
     np.testing.assert_array_equal(buffers["level_embed"], old.model.level_embed[...])
