@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 import transformers_weights
 from flax import nnx
 
@@ -20,6 +21,7 @@ from detr_jax.config import (
     DETRConfig,
     LossConfig,
     TuneConfig,
+    model_from_dict,
 )
 from detr_jax.detector import Loaded, fine_tuned
 from detr_jax.models import ResNet, build, split
@@ -531,3 +533,15 @@ def test_fine_tuning_with_adapters_from_a_checkpoint_without(tmp_path):
     assert "decoder.0.self_attn.query.lora.lora_a" in report
     np.testing.assert_array_equal(buffers["level_embed"], old.model.level_embed[...])
     assert "query" in params["decoder"][0]["self_attn"] and "ffn" not in params["decoder"][0]
+
+
+def test_what_is_trained_is_part_of_the_configuration():
+    flags = ["--model.tune.freeze", "backbone", "encoder.0", "--model.tune.lora-rank", "4"]
+    config = cli.parse_train(["--config", str(tiny.DATA.parents[1] / "configs" / "bccd.py"), *flags]).model
+    assert config.tune == TuneConfig(freeze=("backbone", "encoder.0"), lora_rank=4)
+    values = dataclasses.asdict(config)
+    assert model_from_dict(values, type(config).__name__) == config
+    del values["tune"]  # as in checkpoints from before there was one
+    assert model_from_dict(values, type(config).__name__).tune == TuneConfig()
+    with pytest.raises(ValueError, match=r"model\.tune\.lora_rank=-1 must be at least 0"):
+        dataclasses.replace(config, tune=TuneConfig(lora_rank=-1))
