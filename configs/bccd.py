@@ -27,6 +27,6 @@ config = Config(
         lr=4e-4, backbone_lr_factor=1.0, offsets_lr_factor=1.0, warmup_steps=50, drop_at=0.7, ema_decay=0.99
     ),
     train=TrainConfig(
-        output_dir="runs/bccd", batch_size=2, epochs=11, log_every=25, eval_every=0, checkpoint_every=200
+        output_dir="runs/bccd", batch_size=2, epochs=11, log_every=25, eval_every=4, checkpoint_every=200
     ),
 )

@@ -41,6 +41,7 @@ def plot_curves(
     present = [curve for curve in curves if any(curve in record for run in records.values() for record in run)]
     if not present:
         raise ValueError(f"{', '.join(map(str, files.values()))}: none of {', '.join(curves)} was reported")
+    end = max(record[x] for run in records.values() for record in run if x in record)
     columns = min(len(present), 3)
     rows = -(-len(present) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.1 * rows), layout="constrained", dpi=120)
@@ -59,6 +60,7 @@ def plot_curves(
             text = "best -" if best is None else f"best {best:.3f}"
             axes.set_title(text, fontsize=9, loc="right", color="0.35")
         axes.set_ylim(bottom=0, top=axes.dataLim.y1 * 1.08 if 0 < axes.dataLim.y1 < math.inf else None)
+        axes.set_xlim(-0.02 * end, 1.02 * end)  # the same in all panels, though some are reported rarely
         axes.set_xlabel({"step": "training step", "epoch": "epoch", "hours": "hours"}[x], fontsize=9)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
