@@ -105,6 +105,12 @@ def test_missing_libtpu_says_what_to_install(monkeypatch):
         ahead_of_time.require_libtpu()
 
 
+def test_bundles_need_jax_to_leave_tpus_alone(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS")
+    with pytest.raises(ValueError, match="set JAX_PLATFORMS=cpu"):
+        ahead_of_time.dump_bundles(tmp_path)
+
+
 def test_timing_on_a_device(capsys):
     """Here the CPU; what does not run on it says so and does not stop the others."""
     bench.print_timed(SMALL["odd_decoder"], jnp.dtype("float32"), ["sparsecore", "reference", "xla"], repeats=1)

@@ -42,7 +42,13 @@ def require_libtpu() -> None:
 
 
 def dump_bundles(folder: Path) -> None:
-    """Lets libtpu write the bundles of what it compiles to `folder`; call it before the first compilation."""
+    """Lets libtpu write the bundles of what it compiles to `folder`; call it before the first compilation.
+
+    Raises:
+        ValueError: JAX may have started libtpu already, to look for a TPU.
+    """
+    if os.environ.get("JAX_PLATFORMS") != "cpu":
+        raise ValueError("set JAX_PLATFORMS=cpu: JAX must not start libtpu before it is told where to write bundles")
     os.environ["LIBTPU_INIT_ARGS"] = (
         f"{os.environ.get('LIBTPU_INIT_ARGS', '')} --xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
         "--xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"

@@ -3,10 +3,10 @@
     python -m pallas_kernels.ms_deform_attn.bench
 
 A layer is all of it: the four projections, softmax, locations, and the operation. On an accelerator every
-implementation is timed. Without one, layers are compiled for TPUs ahead of time (`pip install libtpu`), and a table
-shows what the compiler counts: bundles for each unit of the TensorCore kernel, units visited, vector memory, and
-milliseconds at assumed clocks, beside the XLA path. What is waited for (memory, the matrix unit's last result) is not
-in it: expect a real layer to take longer.
+implementation is timed. Without one (`pip install libtpu`, JAX_PLATFORMS=cpu), layers are compiled for TPUs ahead of
+time, and a table shows what the compiler counts: bundles of the TensorCore kernel's inner loop, units visited, vector
+memory, and milliseconds at assumed clocks, beside the XLA path. What is waited for (memory, the matrix unit's last
+result) is not in it.
 """
 
 import argparse
@@ -198,10 +198,12 @@ def milliseconds(run: Callable, arguments: tuple, repeats: int) -> float:
 
 def print_static(shape: Shape, dtype: jnp.dtype, generations: list[str], implementations: list[str]) -> None:
     """What the compiler counts, on a machine without an accelerator."""
+    folder = tempfile.TemporaryDirectory()
     try:
         ahead_of_time.require_libtpu()
-    except ImportError as error:
-        sys.exit(str(error))
+        ahead_of_time.dump_bundles(Path(folder.name))
+    except (ImportError, ValueError) as error:
+        sys.exit(f"no accelerator here: {error}")
     units = {spread: visits(shape, spread) for spread in SPREADS}
     print("no accelerator here: compiled ahead of time; nothing was run\n")
     print("units of 8 x 8 pixels that a tile of 128 queries and a head visit, and iterations of four of them:")
@@ -215,11 +217,10 @@ def print_static(shape: Shape, dtype: jnp.dtype, generations: list[str], impleme
     print(
         f"{'TPU':<5}{'implementation':<16}{'pass':<15}{'XLA':>7}{'gathers':>9}{spreads}{'iter.':>8}{'VMEM':>6}{spreads}"
     )
-    with tempfile.TemporaryDirectory() as folder:
-        ahead_of_time.dump_bundles(Path(folder))
+    with folder:
         for generation in generations:
             for name in implementations:
-                for line in static_lines(shape, dtype, generation, name, units, Path(folder)):
+                for line in static_lines(shape, dtype, generation, name, units, Path(folder.name)):
                     print(line, flush=True)
 
 
