@@ -17,7 +17,6 @@ Without such a TPU it prints what the compiler says and ends. Compare its millis
 """
 
 import argparse
-import time
 import traceback
 from collections.abc import Callable
 
@@ -30,6 +29,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import tpu_sc as plsc
 
 from pallas_kernels.ms_deform_attn import IMPLEMENTATIONS, ms_deform_attn
+from pallas_kernels.ms_deform_attn.bench import median_seconds
 from pallas_kernels.ms_deform_attn.shapes import SHAPES, Shape
 from pallas_kernels.ms_deform_attn.sparsecore import sparse_core, subcore_mesh
 
@@ -189,7 +189,7 @@ def addresses(repeats: int, few: int = 10_000, many: int = 110_000) -> None:
         short, long = (jax.jit(probe(operation, rounds)) for rounds in (few, many))
         for name, address in patterns.items():
             address = jnp.asarray(address, jnp.int32)
-            seconds = median(long, (address,), repeats) - median(short, (address,), repeats)
+            seconds = median_seconds(long, (address,), repeats) - median_seconds(short, (address,), repeats)
             nanoseconds = seconds * 1e9 / ((many - few) * VECTORS)
             clock = BUNDLES[lanes][operation] / nanoseconds
             print(f"   {operation:8} {name:18} {nanoseconds:6.2f} ns a vector of {lanes}, as at {clock:5.2f} GHz")
@@ -218,11 +218,11 @@ def overlap(shape: Shape, batch: int, repeats: int) -> None:
     def multiply(count, x):
         return lax.fori_loop(0, count, lambda _, x: jax.nn.relu(x @ matrix), x)
 
-    kernel = median(attend, inputs, repeats)
-    ten = median(jax.jit(lambda x: multiply(10, x)), (x,), repeats)
+    kernel = median_seconds(attend, inputs, repeats)
+    ten = median_seconds(jax.jit(lambda x: multiply(10, x)), (x,), repeats)
     count = max(1, round(10 * kernel / ten))
-    products = median(jax.jit(lambda x: multiply(count, x)), (x,), repeats)
-    both = median(jax.jit(lambda x, *inputs: (attend(*inputs), multiply(count, x))), (x, *inputs), repeats)
+    products = median_seconds(jax.jit(lambda x: multiply(count, x)), (x,), repeats)
+    both = median_seconds(jax.jit(lambda x, *inputs: (attend(*inputs), multiply(count, x))), (x, *inputs), repeats)
     hidden = (kernel + products - both) / min(kernel, products)
     print(
         f"   kernel {1e3 * kernel:.2f} ms, {count} products {1e3 * products:.2f} ms, both {1e3 * both:.2f} ms:", end=" "
@@ -239,24 +239,13 @@ def implementations(shape: Shape, batch: int, repeats: int) -> None:
                 seconds = {}
                 for name in IMPLEMENTATIONS:
                     try:
-                        seconds[name] = median(layer(shape, name, backward), inputs, repeats)
+                        seconds[name] = median_seconds(layer(shape, name, backward), inputs, repeats)
                     except Exception as error:  # made for another platform, or it fails: the others still count
                         print(f"   {name} does not run: {str(error).splitlines()[0][:90]}")
                 times = ", ".join(f"{name} {1e3 * x:.2f} ms" for name, x in sorted(seconds.items(), key=lambda x: x[1]))
                 what = "forward and backward" if backward else "forward"
                 print(f"   {jnp.dtype(dtype).name}, {spread:.0f} px, {what}: {times}", flush=True)
                 print(f"      {min(seconds, key=lambda name: seconds[name])} wins")
-
-
-def median(function: Callable, inputs: tuple, repeats: int) -> float:
-    """Seconds of a compiled function."""
-    jax.block_until_ready(function(*inputs))
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(function(*inputs))
-        seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds))
 
 
 if __name__ == "__main__":

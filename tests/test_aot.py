@@ -85,7 +85,7 @@ def test_cost_of_loops_gathers_and_unknown_operations(dumps):
 
 def test_kernels_are_found_by_name():
     (kernel,) = ahead_of_time.kernels(SimpleNamespace(as_text=lambda: HLO), "my_kernel")  # pyright: ignore
-    assert kernel == ahead_of_time.Kernel("jvp_my_kernel_.1", "(f32[1,8]{1,0}, s32[4]{0})", 2 * 2**20)
+    assert kernel == ahead_of_time.Kernel("jvp_my_kernel_.1", 2 * 2**20)
 
 
 def test_bundles_of_a_kernel_by_loop(dumps):

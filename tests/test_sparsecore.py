@@ -1,7 +1,6 @@
 """The SparseCore kernels, interpreted, against the reference; compiled ahead of time for each generation."""
 
 import dataclasses
-import os
 import re
 import runpy
 from pathlib import Path
@@ -15,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import tpu_sc as plsc
 from sparsecore_interpreter import sparsecore_interpreter
 
+from pallas_kernels.ms_deform_attn import ahead_of_time
 from pallas_kernels.ms_deform_attn.reference import ms_deform_attn_reference
 from pallas_kernels.ms_deform_attn.shapes import SHAPES
 from pallas_kernels.ms_deform_attn.sparsecore import Split, ms_deform_attn_sparsecore, sparse_core
@@ -128,20 +128,14 @@ def test_errors():
         ms_deform_attn_sparsecore(*inputs)
 
 
-TOPOLOGIES = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
-
-
-@pytest.fixture(params=TOPOLOGIES)
-def device(request, monkeypatch):
+@pytest.fixture(params=["v5p", "v6e", "7x"])
+def device(request):
     """A device of each generation that has SparseCores, to compile for."""
     pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu: pip install 'jax[tpu]'")
-    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
-        monkeypatch.setitem(os.environ, name, "1")
-    from jax.experimental import topologies
-
-    device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[request.param]).devices[0]
-    with jax.set_mesh(jax.sharding.Mesh(np.array([device]), ("device",))):
-        yield device
+    ahead_of_time.require_libtpu()
+    mesh = ahead_of_time.mesh(request.param)
+    with jax.set_mesh(mesh):
+        yield mesh.devices[0]
 
 
 def schedule(function, device, dtype, batch, *other) -> list[str]:

@@ -55,12 +55,12 @@ def dump_bundles(folder: Path) -> None:
     )
 
 
-def mesh(generation: str, axis: str = "data") -> jax.sharding.Mesh:
+def mesh(generation: str) -> jax.sharding.Mesh:
     """One core of a generation (a key of `TOPOLOGIES`), to compile for."""
     from jax.experimental import topologies
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[generation])
-    return jax.sharding.Mesh(np.array(topology.devices[:1]), (axis,))
+    return jax.sharding.Mesh(np.array(topology.devices[:1]), ("data",))
 
 
 def compile_for(generation: str, function: Callable, *arguments) -> jax.stages.Compiled:
@@ -133,8 +133,6 @@ class Kernel:
 
     label: str
     """Of its HLO instruction."""
-    results: str
-    """Their types and shapes, as HLO writes them."""
     vmem: int
     """Bytes of vector memory."""
 
@@ -143,9 +141,9 @@ def kernels(compiled: jax.stages.Compiled, name: str) -> list[Kernel]:
     """The calls of Pallas kernels with `name` in their names."""
     found = []
     for line in (compiled.as_text() or "").splitlines():
-        if match := re.match(rf"\s*(?:ROOT )?%([\w.\-]*{name}[\w.\-]*) = (.*) custom-call\(", line):
+        if match := re.match(rf"\s*(?:ROOT )?%([\w.\-]*{name}[\w.\-]*) = .* custom-call\(", line):
             used = re.search(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"', line)
-            found.append(Kernel(match[1], match[2], int(used[1]) if used else 0))
+            found.append(Kernel(match[1], int(used[1]) if used else 0))
     return found
 
 

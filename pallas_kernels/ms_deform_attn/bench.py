@@ -112,11 +112,15 @@ def problem(shape: Shape, dtype: jnp.dtype, spread: float) -> Problem:
     return Problem(parameters, normal(shape.batch, shape.tokens, c), normal(shape.batch, len(places), c), reference)
 
 
-def layer(shape: Shape, attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """The paper's module (section 4.1) as a function of `problem`, around an implementation of the operation."""
+def layer(shape: Shape, implementation: str) -> Callable[..., jax.Array]:
+    """The paper's module (section 4.1) as a function of `problem`, in the order of `in_order`."""
+    in_blocks = implementation == "tensorcore"
 
     def run(parameters, tokens, query, reference):
-        output = attend(*samples(shape, parameters, tokens, query, reference))
+        value, locations, weights = samples(shape, parameters, tokens, query, reference)
+        output = ms_deform_attn(
+            value, shape.spatial_shapes, locations, weights, implementation=implementation, in_blocks=in_blocks
+        )
         return linear(output.reshape(*output.shape[:2], -1), parameters["output"])
 
     return run
@@ -142,13 +146,6 @@ def linear(x: jax.Array, parameters: dict[str, jax.Array]) -> jax.Array:
     return x @ parameters["kernel"] + parameters["bias"]
 
 
-def operation(shape: Shape, implementation: str, in_blocks: bool) -> Callable[..., jax.Array]:
-    """`ms_deform_attn` of arrays."""
-    return lambda value, locations, weights: ms_deform_attn(
-        value, shape.spatial_shapes, locations, weights, implementation=implementation, in_blocks=in_blocks
-    )
-
-
 def both_passes(run: Callable) -> Callable:
     """The output and the gradients with respect to all but the reference points, given the output's."""
 
@@ -159,8 +156,10 @@ def both_passes(run: Callable) -> Callable:
     return passes
 
 
-def in_order(shape: Shape, arrays: Problem) -> Problem:
-    """Tokens in block order, and what belongs to the queries, if these are the tokens."""
+def in_order(shape: Shape, implementation: str, arrays: Problem) -> Problem:
+    """For `tensorcore`: tokens in block order, and what belongs to the queries, if these are the tokens."""
+    if implementation != "tensorcore":
+        return arrays
     names = ["tokens"] if shape.queries else ["tokens", "query", "reference"]
     to_blocks = block_order(shape.spatial_shapes).to_blocks
     return arrays._replace(**{name: to_blocks(getattr(arrays, name)) for name in names})
@@ -173,19 +172,18 @@ def print_timed(shape: Shape, dtype: jnp.dtype, implementations: list[str], repe
     for spread in SPREADS:
         arrays = problem(shape, dtype, spread)
         for name in implementations:
-            inputs = in_order(shape, arrays) if name == "tensorcore" else arrays
-            run = layer(shape, operation(shape, name, in_blocks=name == "tensorcore"))
+            inputs, run = in_order(shape, name, arrays), layer(shape, name)
             try:
                 output = jax.jit(run)(*inputs)
-                forward = milliseconds(jax.jit(run), inputs, repeats)
-                both = milliseconds(jax.jit(both_passes(run)), (*inputs, output), repeats)
+                forward = 1e3 * median_seconds(jax.jit(run), inputs, repeats)
+                both = 1e3 * median_seconds(jax.jit(both_passes(run)), (*inputs, output), repeats)
             except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
                 print(f"{name:<16}{spread:>10g}  does not run here: {str(error).splitlines()[0][:90]}", flush=True)
             else:
                 print(f"{name:<16}{spread:>10g}{forward:>10.3f}{both:>10.3f}", flush=True)
 
 
-def milliseconds(run: Callable, arguments: tuple, repeats: int) -> float:
+def median_seconds(run: Callable, arguments: tuple, repeats: int) -> float:
     """Median of `repeats` runs, after one that compiles."""
     jax.block_until_ready(run(*arguments))
     times = []
@@ -193,7 +191,7 @@ def milliseconds(run: Callable, arguments: tuple, repeats: int) -> float:
         start = time.perf_counter()
         jax.block_until_ready(run(*arguments))
         times.append(time.perf_counter() - start)
-    return 1e3 * float(np.median(times))
+    return float(np.median(times))
 
 
 def print_static(shape: Shape, dtype: jnp.dtype, generations: list[str], implementations: list[str]) -> None:
@@ -242,11 +240,8 @@ def static_costs(
     shape: Shape, dtype: jnp.dtype, generation: str, implementation: str, folder: Path
 ) -> dict[str, tuple[ahead_of_time.Cost, dict[ahead_of_time.Kernel, "Count"]]]:
     """Of the forward pass and of what the backward adds: the cost outside of kernels, and the kernels' bundles."""
-    arrays = jax.eval_shape(functools.partial(problem, shape, dtype, 0.0))
-    in_blocks = implementation == "tensorcore"
-    if in_blocks:
-        arrays = jax.eval_shape(functools.partial(in_order, shape), arrays)
-    run = layer(shape, operation(shape, implementation, in_blocks))
+    arrays = jax.eval_shape(lambda: in_order(shape, implementation, problem(shape, dtype, 0.0)))
+    run = layer(shape, implementation)
     gradient = jax.ShapeDtypeStruct(arrays.query.shape, dtype)
     before, costs = ahead_of_time.Cost(), {}
     for part, function, arguments, names in (
