@@ -44,7 +44,7 @@ def main() -> None:
     query = 2 * UNIT + 2  # row 2 and column 2 of the tile
     draw_hats(axes[1], x[:, query], y[:, query], TOP, LEFT)
     draw_matrix(axes[2], x, y, weight, TOP, LEFT)
-    path = Path(__file__).with_suffix(".png").with_stem("kernels")
+    path = Path(__file__).with_name("kernels.png")
     figure.savefig(path, dpi=110)
     print(f"wrote {path}")
 
