@@ -7,6 +7,7 @@ takes longer; the ratio of two of them is more to be trusted than either.
 """
 
 import dataclasses
+import importlib.util
 import os
 import re
 from collections.abc import Callable
@@ -32,13 +33,11 @@ def require_libtpu() -> None:
     # Of this machine, which libtpu would ask for; what is compiled for does not depend on it.
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-    try:
-        import libtpu  # noqa: F401
-    except ImportError as error:
+    if importlib.util.find_spec("libtpu") is None:
         raise ImportError(
             "compiling for TPUs needs libtpu, which is not installed: pip install 'libtpu==0.0.42.*' (what jax 0.10.2 "
             "asks for), and set JAX_PLATFORMS=cpu where there is no TPU"
-        ) from error
+        )
 
 
 def dump_bundles(folder: Path) -> None:
