@@ -110,4 +110,5 @@ def test_stored_outputs_are_those_of_transformers(data_dir):
         transformers_oracle.load(model, config, transformers_weights.random_weights(config))
         with np.load(data_dir / "reference" / f"{name}.npz") as stored:
             for key, value in transformers_oracle.run(model, *padded_batch(100, 135)).items():
-                np.testing.assert_allclose(value, stored[key], rtol=0, atol=1e-5, err_msg=f"{name} {key}")
+                # Float32 noise of PyTorch itself: another processor sums in another order; 1.2e-5 was seen.
+                np.testing.assert_allclose(value, stored[key], rtol=0, atol=3e-5, err_msg=f"{name} {key}")
