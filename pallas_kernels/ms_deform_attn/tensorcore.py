@@ -238,8 +238,9 @@ def _attend_backward(order, interpret, residuals, gradient):
     for part in parts:
         values = value[..., part.lanes]
         scratch = [
-            pltpu.VMEM((5, rows, TILE), jnp.float32),
-            pltpu.VMEM((4, rows * UNIT, TILE), jnp.float32),
+            pltpu.VMEM((6, rows, TILE), jnp.float32),
+            pltpu.VMEM((2, rows * UNIT, TILE), jnp.float32),
+            pltpu.VMEM((2, rows * UNIT, TILE), jnp.int32),
             pltpu.VMEM((values.shape[3], d), dtype),
             pltpu.VMEM((part.units, d, TILE), jnp.float32),
         ]
@@ -527,6 +528,7 @@ def _backward_kernel(
     hat_ref,
     sample_ref,
     corner_ref,
+    holder_ref,
     pixel_ref,
     unit_ref,
     *,
@@ -553,19 +555,28 @@ def _backward_kernel(
         lanes = _lanes(t)
         gradient = gradient_ref[0, 0, :, lanes].astype(value_ref.dtype)
         x, y, weight = x_ref[0, 0, :, lanes], y_ref[0, 0, :, lanes], weight_ref[0, 0, :, lanes]
-        for i, z in enumerate((x, y, weight, jnp.floor(x), jnp.floor(y))):
+        column, row = jnp.floor(x).astype(jnp.int32), jnp.floor(y).astype(jnp.int32)  # of the upper left pixel
+        bits = [(row >> bit & 1).astype(jnp.float32) for bit in range(3)]
+        for i, z in enumerate((x, y, weight, *bits)):
             sample_ref[i] = z
         corner_ref[...] = jnp.zeros_like(corner_ref)
+        # In which unit (`_places`) of its level column `j` of eight has a pixel of a point's: upper row, lower row.
+        for lower in range(2):
+            left, right = (((column + side) >> 3) << 11 | (row + lower) >> 3 for side in range(2))
+            for j in range(UNIT):
+                holder = jnp.where(column & 7 == j, left, jnp.where(column + 1 & 7 == j, right, -1))
+                holder_ref.at[lower][pl.ds(j, samples, stride=UNIT), :] = holder
 
-        def corners(products, x_floor, y_floor, column, row):
-            """`products` at the four pixels around a point, where they are in the unit: summed over its columns."""
-            relative = y_floor - row
-            upper = lower = jnp.zeros((UNIT, TILE), jnp.float32)
-            for i, product in enumerate(products):
-                upper = jnp.where(relative == float(i), product, upper)
-                lower = jnp.where(relative == float(i - 1), product, lower)
-            on_left, on_right = x_floor == column, x_floor == column - 1
-            return [jnp.where(side, pixel, 0) for pixel in (upper, lower) for side in (on_left, on_right)]
+        def corners(products, bits, holders, unit):
+            """`products` in the rows `row` and `row + 1` (mod 8) of a point, where the unit holds them."""
+            ones, twos, fours = bits
+
+            def pick(rows):
+                return jnp.where(fours, jnp.where(twos, rows[3], rows[2]), jnp.where(twos, rows[1], rows[0]))
+
+            even, odd, after = pick(products[0::2]), pick(products[1::2]), pick([*products[2::2], products[0]])
+            upper, lower = jnp.where(ones, odd, even), jnp.where(ones, after, odd)
+            return [jnp.where(holder == unit, z, 0) for holder, z in zip(holders, (upper, lower), strict=True)]
 
         def iteration(_, carry):
             units, state = carry
@@ -576,28 +587,30 @@ def _backward_kernel(
                 for side in range(2):
                     unit = units[2 * pair + side]
                     _build(matrix_ref, hat_ref, sample_ref, 2 * pair + side, unit, points)
-                    columns, row, sample = _place(unit)
+                    sample, place = _place(unit)[2], unit[1] & 0x1FFFFF  # without the level
                     rows = [products[(side * UNIT + i) * UNIT :][:UNIT] for i in range(UNIT)]
-                    x_floor, y_floor = (
-                        [_spread(sample_ref, kind, sample + p) for p in range(points)] for kind in (3, 4)
-                    )
-                    found = [corners(rows, x_floor[p], y_floor[p], columns, row) for p in range(points)]
                     # All loads before all stores: the compiler cannot know that the samples differ.
                     span = pl.ds(pl.multiple_of(sample * UNIT, UNIT), points * UNIT)
-                    sums = [corner_ref[c, span, :] + jnp.concatenate([z[c] for z in found], 0) for c in range(4)]
-                    for c, z in enumerate(sums):
-                        corner_ref[c, span, :] = z
+                    sums, holders = ([ref[lower, span, :] for lower in range(2)] for ref in (corner_ref, holder_ref))
+                    found = []
+                    for p in range(points):
+                        bits = [_spread(sample_ref, 3 + bit, sample + p) > 0 for bit in range(3)]
+                        found.append(corners(rows, bits, [z[p * UNIT :][:UNIT] for z in holders], place))
+                    for lower in range(2):
+                        corner_ref[lower, span, :] = sums[lower] + jnp.concatenate([z[lower] for z in found], 0)
                 grad_pixels = _dot(gradient, matrix_ref[pair], (1, 1))  # [d, 128 pixels]
                 unit_ref[indices[0]] += _half(grad_pixels, jnp.zeros_like(grad_pixels))
                 unit_ref[indices[1]] += _half(jnp.zeros_like(grad_pixels), grad_pixels)
             return walk.take(state)
 
         lax.fori_loop(0, walk.iterations, iteration, walk.take(walk.start()))
-        # Sums over the eight columns of a unit, for all samples at once: strided loads.
-        upper_left, upper_right, lower_left, lower_right = (
-            functools.reduce(jnp.add, [corner_ref.at[c][pl.ds(j, samples, stride=UNIT), :] for j in range(UNIT)])
-            for c in range(4)
-        )
+        # The left pixel is in column `column % 8`, the right one in another: strided loads, of all samples at once.
+        pixels = [[jnp.zeros_like(x)] * 2 for _ in range(2)]
+        for lower, sides in enumerate(pixels):
+            for j in range(UNIT):
+                pixel, on_left = corner_ref.at[lower][pl.ds(j, samples, stride=UNIT), :], column & 7 == j
+                sides[:] = sides[0] + jnp.where(on_left, pixel, 0), sides[1] + jnp.where(on_left, 0, pixel)
+        (upper_left, upper_right), (lower_left, lower_right) = pixels
         share_x, share_y = x - jnp.floor(x), y - jnp.floor(y)
         upper = upper_left + share_x * (upper_right - upper_left)
         lower = lower_left + share_x * (lower_right - lower_left)
