@@ -154,6 +154,7 @@ def train(config: Config) -> Scores | None:
     Raises:
         DataError: something is wrong with the data set; says what, where, and what to do.
         NonFiniteLossError: with the step, the loss terms and the image ids; no checkpoint is written.
+        ValueError: `train.output_dir` has a checkpoint of other classes, or `train.init_from` is another model.
     """
     mesh = sharding.make_mesh()
     rows = sharding.host_rows(config.train.batch_size, mesh)
@@ -175,9 +176,11 @@ def train(config: Config) -> Scores | None:
 
     with jax.set_mesh(mesh), interruption() as interrupted:
         start = checkpoint.latest_step(str(output_dir)) or 0
+        if start:
+            check_resumable(output_dir, metadata)
         graphdef, state = init_state(config, optimizer, mesh, None if start else categories)
         if start:
-            state = resume(output_dir, state, metadata)
+            state = checkpoint.restore(str(output_dir), state)
         if jax.process_index() == 0:
             print(summary(config, mesh, state, train_index, val_index, sampler, start, total_steps), flush=True)
         train_step = make_train_step(config, graphdef, optimizer, sampler)
@@ -249,8 +252,8 @@ def train(config: Config) -> Scores | None:
         return scores
 
 
-def resume(output_dir: Path, state: State, metadata: Mapping[str, Any]) -> State:
-    """The state of the newest checkpoint, laid out as `state`; says which fields of the configuration changed."""
+def check_resumable(output_dir: Path, metadata: Mapping[str, Any]) -> None:
+    """Raises if the newest checkpoint has other classes; says which fields of the configuration changed."""
     saved = checkpoint.read_metadata(str(output_dir))
     if saved["category_ids"] != metadata["category_ids"]:
         raise ValueError(
@@ -261,7 +264,6 @@ def resume(output_dir: Path, state: State, metadata: Mapping[str, Any]) -> State
     changed = [f"  {name}: {old.get(name)} -> {new.get(name)}" for name in new if old.get(name) != new.get(name)]
     if changed and jax.process_index() == 0:
         print("\n".join(["resuming with a changed configuration:", *changed]), flush=True)
-    return checkpoint.restore(str(output_dir), state)
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
