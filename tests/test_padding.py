@@ -49,7 +49,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", ["detr", "two_stage_group_norm"])
+@pytest.mark.parametrize("name", MODELS)
 def test_masked_padding_gives_the_same_boxes_in_any_canvas(name):
     model = detector(MODELS[name], mask_padding=True)
     expected = detect(model, (96, 128))
