@@ -1,4 +1,4 @@
-"""Train a detector: `python train.py --config configs/RECIPE.py --data.root FOLDER [--section.field value ...]`."""
+"""Train a detector: `python train.py --config configs/CONFIG.py --data.root FOLDER [--section.field value ...]`."""
 
 from detr_jax import cli, sharding
 from detr_jax.training import train

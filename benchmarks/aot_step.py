@@ -28,10 +28,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from detr_jax.config import Config, DataConfig, DeformableDETRConfig, TrainConfig
-from detr_jax.data.coco import load_split
 from detr_jax.data.pipeline import batches
 from detr_jax.data.sampler import TrainSampler
-from detr_jax.training import init_state, make_optimizer, make_train_step
+from detr_jax.data.splits import load_split
+from detr_jax.train_step import init_state, make_optimizer, make_train_step
 from pallas_kernels.ms_deform_attn import ahead_of_time
 from pallas_kernels.ms_deform_attn.bench import static_costs, visits
 from pallas_kernels.ms_deform_attn.shapes import Shape
@@ -42,12 +42,12 @@ SPREAD = 2.0
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generation", choices=ahead_of_time.TOPOLOGIES, default="v5e", help="(default %(default)s)")
-    parser.add_argument("--canvas", type=int, nargs=2, default=(800, 1333), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--bucket", type=int, nargs=2, default=(800, 1333), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--batch-size", type=int, default=2, help="images on the chip (default %(default)s)")
     parser.add_argument("--implementations", nargs="+", default=["tensorcore", "xla"], help="(default %(default)s)")
     args = parser.parse_args()
     ahead_of_time.require_libtpu()
-    height, width = args.canvas
+    height, width = args.bucket
     print(f"one {args.generation} chip, {args.batch_size} images of {height} x {width}, R50 two-stage, bfloat16")
     print(f"assumed clock {ahead_of_time.CLOCK_GHZ[args.generation]} GHz; nothing was run\n")
     print(f"{'':<12}{'------- GiB -------':^30}{'------------ ms ------------':^40}{'compiled':>10}")
@@ -66,11 +66,11 @@ def apart(function: Callable, *args):
         return process.submit(function, *args).result()
 
 
-def line(generation: str, canvas: tuple[int, int], batch_size: int, implementation: str) -> str:
+def line(generation: str, bucket: tuple[int, int], batch_size: int, implementation: str) -> str:
     """Of the table."""
     ahead_of_time.require_libtpu()
     start = time.perf_counter()
-    compiled, layers = compile_step(generation, canvas, batch_size, implementation)
+    compiled, layers = compile_step(generation, bucket, batch_size, implementation)
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     assert memory is not None
@@ -97,7 +97,7 @@ def of_layer(shape: Shape, generation: str, implementation: str) -> tuple[float,
     return sum(cost.gathers for cost, _ in costs.values()), kernels
 
 
-def compile_step(generation: str, canvas: tuple[int, int], batch_size: int, implementation: str):
+def compile_step(generation: str, bucket: tuple[int, int], batch_size: int, implementation: str):
     """The compiled step; the sizes of the encoder's and the decoder's attention and how many layers have them."""
     model = dataclasses.replace(DeformableDETRConfig.r50_two_stage(), implementation=implementation, dtype="bfloat16")
     config = Config(model=model, data=DataConfig(root="tests/data/coco_open"), train=TrainConfig(batch_size=batch_size))
@@ -118,8 +118,8 @@ def compile_step(generation: str, canvas: tuple[int, int], batch_size: int, impl
         state = jax.eval_shape(init)
         assert graphdef is not None
         step: Any = make_train_step(config, graphdef, optimizer, sampler)  # a jitted function
-        compiled = step.trace(state, batch, canvas=canvas).lower(lowering_platforms=("tpu",)).compile()
-    levels = tuple((-(-canvas[0] // stride), -(-canvas[1] // stride)) for stride in (8, 16, 32, 64))
+        compiled = step.trace(state, batch, bucket=bucket).lower(lowering_platforms=("tpu",)).compile()
+    levels = tuple((-(-bucket[0] // stride), -(-bucket[1] // stride)) for stride in (8, 16, 32, 64))
     encoder = Shape(batch_size, levels, None, model.num_heads, model.hidden_dim // model.num_heads)
     decoder = dataclasses.replace(encoder, queries=model.num_queries)
     return compiled, [(encoder, model.encoder_layers), (decoder, model.decoder_layers)]

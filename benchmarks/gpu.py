@@ -136,7 +136,7 @@ def problem(shape: Shape, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array, jax.A
     """Value, locations, weights and the output's gradient.
 
     Each query samples around its own place, as in a model that starts to train: points `1 ... p` pixels away in the
-    direction of the head, plus noise. Positions keep 0.01 pixel away from pixel centres, where the gradient jumps.
+    direction of the head, plus noise. Positions keep 0.01 pixel away from pixel centers, where the gradient jumps.
     """
     rng = np.random.default_rng(0)
     b, h, p = shape.batch, shape.heads, shape.points

@@ -18,11 +18,12 @@ import tyro
 from PIL import Image
 
 from detr_jax.config import DataConfig
-from detr_jax.data.coco import CocoIndex, load_split
+from detr_jax.data.index import DatasetIndex
 from detr_jax.data.pipeline import batches
 from detr_jax.data.resample import IMAGENET_MEAN, IMAGENET_STD
 from detr_jax.data.sampler import TrainSampler
-from detr_jax.data.transforms import resized
+from detr_jax.data.splits import load_split
+from detr_jax.data.transforms import resize_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,23 +40,23 @@ class Args:
     """Repetitions, in turn; the best counts."""
 
 
-def host_resize(index: CocoIndex, batch_size: int, sizes: np.ndarray, normalise: bool = False) -> Iterator[int]:
-    """Read, decode, resize to `sizes` [n, 2] with Pillow, normalise to float32 if asked for, batch."""
+def host_resize(index: DatasetIndex, batch_size: int, sizes: np.ndarray, normalize: bool = False) -> Iterator[int]:
+    """Read, decode, resize to `sizes` [n, 2] with Pillow, normalize to float32 if asked for, batch."""
     height, width = sizes.max(0)
     row = 0
     while True:
-        pixels = np.zeros([batch_size, height, width, 3], np.float32 if normalise else np.uint8)
+        pixels = np.zeros([batch_size, height, width, 3], np.float32 if normalize else np.uint8)
         for target in pixels:
             i = row % len(index)
             h, w = sizes[i].tolist()
             image = Image.open(io.BytesIO(index.encoded(i))).convert("RGB")
             image = np.asarray(image.resize((w, h), Image.Resampling.BILINEAR))
-            target[:h, :w] = (image / np.float32(255) - IMAGENET_MEAN) / IMAGENET_STD if normalise else image
+            target[:h, :w] = (image / np.float32(255) - IMAGENET_MEAN) / IMAGENET_STD if normalize else image
             row += 1
         yield batch_size
 
 
-def device_resize(index: CocoIndex, data: DataConfig, batch_size: int) -> Iterator[int]:
+def device_resize(index: DatasetIndex, data: DataConfig, batch_size: int) -> Iterator[int]:
     """The package's pipeline."""
     sampler = TrainSampler(index, data, batch_size, seed=0)
     for _, batch in batches(index, sampler, iter(int, 1), data_config=data):  # step 0 again and again
@@ -72,7 +73,7 @@ def images_per_core_second(make: Callable[[], Iterator[int]], seconds: float) ->
     return images / (time.process_time() - cpu)
 
 
-def waiting_share(index: CocoIndex, data: DataConfig, batch_size: int, step_ms: float, seconds: float) -> float:
+def waiting_share(index: DatasetIndex, data: DataConfig, batch_size: int, step_ms: float, seconds: float) -> float:
     """Share of the time that a loop waits for batches, if its step takes `step_ms` on an accelerator."""
     stream = device_resize(index, data, batch_size)
     next(stream)
@@ -89,12 +90,12 @@ def main(args: Args) -> None:
     data = DataConfig(root=args.root, workers=os.cpu_count() or 1)
     index = load_split(data, "train")
     engines = {name: dataclasses.replace(data, engine=name) for name in ("pillow", "tf")}
-    official = resized(index.sizes, 800, 1333)
+    official = resize_size(index.sizes, 800, 1333)
     largest = np.where(index.sizes[:, :1] > index.sizes[:, 1:], [[1333, 800]], [[800, 1333]])
     paths: dict[str, Callable[[], Iterator[int]]] = {
         "decode + resize to 800x1333": lambda: host_resize(index, args.batch_size, largest),
         "decode + resize, own aspect ratio": lambda: host_resize(index, args.batch_size, official),
-        "... and normalise": lambda: host_resize(index, args.batch_size, official, normalise=True),
+        "... and normalize": lambda: host_resize(index, args.batch_size, official, normalize=True),
         **{
             f"detr_jax, {name}": lambda config=config: device_resize(index, config, args.batch_size)
             for name, config in engines.items()

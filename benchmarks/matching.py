@@ -1,7 +1,7 @@
 """Times the assignment of one training step: by default 8 images x 6 layers, 300 queries, 10 of 100 targets real.
 
 Three ways, in one run: `detr_jax.matching.assign`; SciPy through a callback to the host; and the textbook way, a
-vectorised Hungarian algorithm (optax's) under `vmap`, its padded rows filled with a constant cost. All must find the
+vectorized Hungarian algorithm (optax's) under `vmap`, its padded rows filled with a constant cost. All must find the
 same total cost. The encoder of a two-stage model: `--problems 8 --queries 22000 --skip-textbook`.
 """
 

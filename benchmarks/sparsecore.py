@@ -85,14 +85,14 @@ def ask(question: str, answer: Callable[[], None]) -> None:
 def problem(shape: Shape, batch: int, dtype, spread: float = 2.0) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Values, locations around each query's own place with `spread` pixels of noise, weights."""
     rng = np.random.default_rng(0)
-    centres = [
+    centers = [
         np.stack(np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height), -1).reshape(-1, 2)
         for height, width in shape.spatial_shapes
     ]
-    centres = np.concatenate(centres) if shape.queries is None else rng.uniform(0, 1, (shape.queries, 2))
-    points = (batch, len(centres), shape.heads, len(shape.spatial_shapes), shape.points)
+    centers = np.concatenate(centers) if shape.queries is None else rng.uniform(0, 1, (shape.queries, 2))
+    points = (batch, len(centers), shape.heads, len(shape.spatial_shapes), shape.points)
     sizes = np.array([(width, height) for height, width in shape.spatial_shapes])[:, None]
-    locations = centres[:, None, None, None] + rng.normal(0, spread, (*points, 2)) / sizes
+    locations = centers[:, None, None, None] + rng.normal(0, spread, (*points, 2)) / sizes
     weights = rng.uniform(0, 1, points)
     weights /= weights.sum((-2, -1), keepdims=True)
     value = rng.standard_normal((batch, shape.tokens, shape.heads, shape.head_dim), np.float32)

@@ -128,7 +128,7 @@ def theirs(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, train: bool
             auxiliary_loss=True,
         )
     )
-    # transformers freezes all of a native backbone; the recipes train stages 2 to 4.
+    # transformers freezes all of a native backbone; the configs train stages 2 to 4.
     for name, parameter in model.model.backbone.named_parameters():
         parameter.requires_grad_("stages.0." not in name and "embedder" not in name)
     pixels = torch.from_numpy(image.transpose(0, 3, 1, 2).copy())

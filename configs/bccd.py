@@ -1,4 +1,4 @@
-"""A small two-stage Deformable DETR from scratch on blood-cell photos (BCCD): what `make demo` trains.
+"""A small two-stage Deformable DETR from scratch on blood-cell images (BCCD): what `make demo` trains.
 
 ResNet-18 with GroupNorm, 128 wide, 2 + 3 layers, 3 levels, 240 x 320 pixels: some minutes on two CPU cores.
 

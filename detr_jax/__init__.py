@@ -3,15 +3,20 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from detr_jax.detector import Detector, load
+    from detr_jax.checkpoints.load import load
+    from detr_jax.detector import Detector
 
 __all__ = ["Detector", "load"]
 
 
 def __getattr__(name: str) -> Any:
     """Imports them when they are asked for: `detr_jax.config` alone stays light."""
-    if name not in __all__:
-        raise AttributeError(f"module 'detr_jax' has no attribute {name!r}")
-    from detr_jax import detector
+    if name == "Detector":
+        from detr_jax.detector import Detector
 
-    return getattr(detector, name)
+        return Detector
+    if name == "load":
+        from detr_jax.checkpoints.load import load
+
+        return load
+    raise AttributeError(f"module 'detr_jax' has no attribute {name!r}")

@@ -1,36 +1,33 @@
-"""Command lines: a recipe or a checkpoint gives the defaults, flags override any field."""
+"""Command lines: a config or a checkpoint gives the defaults, flags override any field.
+
+Whatever is heavy is imported where it is used, so that `--help` and a typo are answered at once.
+"""
 
 import argparse
 import dataclasses
 import importlib.util
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import tyro
-from tqdm import tqdm
 
-from detr_jax import checkpoint, pretrained, surgery
 from detr_jax.config import Config, DataConfig, from_dict
-from detr_jax.data.image import DataError
-from detr_jax.detector import Detector, load
-from detr_jax.evaluation import write_results
-from detr_jax.training import NonFiniteLossError
-from detr_jax.visualize import visualize
+from detr_jax.visualize import command as figures
 
 
-def load_recipe(path: str) -> Config:
-    """Runs a recipe file and returns the `Config` that it assigns to `config`.
+def load_config(path: str) -> Config:
+    """Runs a config file and returns the `Config` that it assigns to `config`.
 
     Raises:
         ValueError: no such file, or it has no `Config` named `config`.
     """
     if not Path(path).is_file():
-        recipes = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py"))) or "none found in configs/"
-        raise ValueError(f"--config {path}: no such file. Recipes: {recipes}")
-    spec = importlib.util.spec_from_file_location("recipe", path)
+        configs = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py"))) or "none found in configs/"
+        raise ValueError(f"--config {path}: no such file. Configs: {configs}")
+    spec = importlib.util.spec_from_file_location("config", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -41,7 +38,7 @@ def load_recipe(path: str) -> Config:
 
 
 def parse_train(argv: Sequence[str]) -> Config:
-    """`--config RECIPE [--section.field value ...]` -> the configuration of the run."""
+    """`--config CONFIG [--section.field value ...]` -> the configuration of the run."""
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--config")
     # Short for --train.init-from.
@@ -51,14 +48,14 @@ def parse_train(argv: Sequence[str]) -> Config:
         rest += ["--train.init-from", known.init_from]
     helping = bool({"-h", "--help"} & set(rest))
     if known.config is None and not helping:
-        raise ValueError("--config is missing: python train.py --config configs/RECIPE.py --data.root FOLDER")
-    default = load_recipe(known.config) if known.config else Config()
+        raise ValueError("--config is missing: python train.py --config configs/CONFIG.py --data.root FOLDER")
+    default = load_config(known.config) if known.config else Config()
     return tyro.cli(
         tyro.conf.AvoidSubcommands[Config],
         default=default,
         args=rest,
-        prog="train.py --config RECIPE",
-        description="Train a detector. Defaults below are those of the recipe; every field can be overridden.",
+        prog="train.py --config CONFIG",
+        description="Train a detector. Defaults below are those of the config; every field can be overridden.",
     )
 
 
@@ -89,7 +86,9 @@ def parse_eval(argv: Sequence[str]) -> EvalOptions:
     known, _ = first.parse_known_args(argv)
     data = DataConfig()
     if known.checkpoint:
-        saved = checkpoint.read_metadata(known.checkpoint)
+        from detr_jax.checkpoints import store
+
+        saved = store.read_metadata(known.checkpoint)
         data = from_dict(saved["config"], saved["model"]).data
     return tyro.cli(
         EvalOptions,
@@ -100,11 +99,11 @@ def parse_eval(argv: Sequence[str]) -> EvalOptions:
     )
 
 
-_PHOTOS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 
 
 def predict(
-    photos: tyro.conf.Positional[tuple[str, ...]],
+    images: tyro.conf.Positional[tuple[str, ...]],
     /,
     checkpoint: str,
     out: str,
@@ -114,51 +113,56 @@ def predict(
     max_size: int | None = None,
     dilation: bool | None = None,
 ) -> None:
-    """Detect: draws boxes with names on photos, and writes results.json in COCO's results format.
+    """Detect: draws boxes with names on images, and writes results.json in COCO's results format.
 
     Args:
-        photos: Photos, and folders of photos.
+        images: Images, and folders of images.
         checkpoint: A run's folder, an official .pth or .safetensors file, or a folder of transformers.
         out: Folder for the pictures and results.json.
         threshold: Detections with a lower score are left out.
-        batch_size: Photos in a step.
+        batch_size: Images per step.
         scale: The shorter side is resized to this; None takes the checkpoint's (800).
         max_size: The longer side is never larger than this; None takes the checkpoint's (1333).
         dilation: DC5 or not, for files that do not tell.
     """
-    paths = _photos(photos)
+    from tqdm import tqdm
+
+    from detr_jax.detector import Detector
+    from detr_jax.postprocess import write_results
+
+    paths = _find_images(images)
     detector = Detector.from_pretrained(
         checkpoint, batch_size=batch_size, scale=scale, max_size=max_size, dilation=dilation
     )
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     results = []
-    found = tqdm(detector.detect(paths, threshold), "detecting", len(paths), unit=" photos")
+    found = tqdm(detector.detect(paths, threshold), "detecting", len(paths), unit=" images")
     for path, detections in zip(paths, found, strict=True):
         detections.draw().save(folder / f"{path.stem}.jpg", quality=92)
         results += detections.as_results(path.name)
     write_results(folder / "results.json", results)
-    print(f"{len(paths)} photos, {len(results)} detections of at least {threshold:g}: {folder}, {folder}/results.json")
+    print(f"{len(paths)} images, {len(results)} detections of at least {threshold:g}: {folder}, {folder}/results.json")
 
 
-def _photos(given: Sequence[str]) -> list[Path]:
+def _find_images(given: Sequence[str]) -> list[Path]:
     """The files given, and those in the folders given."""
     paths = []
     for path in map(Path, given):
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in _PHOTOS)
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
             if not inside:
-                raise ValueError(f"{path}: no photo in it; expected {', '.join(_PHOTOS)}")
+                raise ValueError(f"{path}: no image in it; expected {', '.join(_SUFFIXES)}")
             paths += inside
         elif path.is_file():
             paths.append(path)
         else:
-            raise FileNotFoundError(f"{path}: no such photo or folder")
+            raise FileNotFoundError(f"{path}: no such image or folder")
     twice = [stem for stem, count in Counter(path.stem for path in paths).items() if count > 1]
     if not paths:
-        raise ValueError("no photos given: detr-jax predict PHOTO... --checkpoint X --out DIR")
+        raise ValueError("no images given: detr-jax predict IMAGE... --checkpoint X --out DIR")
     if twice:
-        raise ValueError(f"several photos are called {twice[0]}: their pictures would overwrite each other")
+        raise ValueError(f"several images are called {twice[0]}: their pictures would overwrite each other")
     return paths
 
 
@@ -179,6 +183,9 @@ def convert(
         dilation: DC5 or not, for files that do not tell.
         num_heads: Attention heads, for files that do not tell (8).
     """
+    from detr_jax.checkpoints.convert import save
+    from detr_jax.checkpoints.load import load
+
     if naming == "auto":
         naming = "official" if target.endswith(".safetensors") else "ours"
     if (naming == "official") != target.endswith(".safetensors"):
@@ -190,23 +197,26 @@ def convert(
     if naming == "ours":
         loaded.save(target)
     else:
-        pretrained.save(target, loaded.model, loaded.config, loaded.categories)
+        save(target, loaded.model, loaded.config, loaded.categories)
     print(f"wrote {target}, {naming} names")
 
 
 def export(
-    checkpoint: tyro.conf.Positional[str], out: tyro.conf.Positional[str], /, canvas: tuple[int, int], batch: int = 1
+    checkpoint: tyro.conf.Positional[str], out: tyro.conf.Positional[str], /, bucket: tuple[int, int], batch: int = 1
 ) -> None:
-    """Export a detector as one file that runs without this package: python FILE photo.jpg.
+    """Export a detector as one file that runs without this package: python FILE image.jpg.
 
     Args:
         checkpoint: As predict takes it.
         out: The file, such as detector.zip.
-        canvas: Height and width in pixels that photos are padded to, multiples of 32.
-        batch: Photos in a call.
+        bucket: Height and width in pixels that images are padded to, multiples of 32.
+        batch: Images per call.
     """
-    surgery.export(load(checkpoint), out, canvas, batch)
-    print(f"wrote {out}: python {out} photo.jpg")
+    from detr_jax.checkpoints.load import load
+    from detr_jax.export import export
+
+    export(load(checkpoint), out, bucket, batch)
+    print(f"wrote {out}: python {out} image.jpg")
 
 
 def soup(checkpoints: tyro.conf.Positional[tuple[str, ...]], /, out: str) -> None:
@@ -216,15 +226,26 @@ def soup(checkpoints: tyro.conf.Positional[tuple[str, ...]], /, out: str) -> Non
         checkpoints: Two or more, as predict takes them.
         out: Folder of the new checkpoint.
     """
+    from detr_jax import surgery
+
     mixed = surgery.soup(checkpoints)
     mixed.save(out)
     print(f"{mixed.changes}\nwrote {out}")
 
 
+COMMANDS: dict[str, Callable[..., None]] = {"predict": predict, "convert": convert, "export": export, "soup": soup}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """`detr-jax predict`, `visualize`, `convert`, `export` and `soup`."""
-    commands = {"predict": predict, "visualize": visualize, "convert": convert, "export": export, "soup": soup}
-    tyro.extras.subcommand_cli_from_dict(commands, prog="detr-jax", args=argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["visualize"]:
+        about = "Draw what happens inside a detector, or what it gets wrong. Each figure has its own --help."
+        prog, commands, argv = "detr-jax visualize", figures.COMMANDS, argv[1:]
+    else:
+        about = "DETR and Deformable DETR. `detr-jax visualize` draws figures; train.py and eval.py train and score."
+        prog, commands = "detr-jax", COMMANDS | {"visualize": figures.visualize}
+    tyro.extras.subcommand_cli_from_dict(commands, prog=prog, description=about, args=argv)
 
 
 def entry() -> None:
@@ -236,6 +257,6 @@ def run(main) -> None:
     """Runs a program's `main(argv)`; a mistake of the user's ends it with a message, not a traceback."""
     try:
         main(sys.argv[1:])
-    except (ValueError, FileNotFoundError, NonFiniteLossError, DataError) as error:
+    except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

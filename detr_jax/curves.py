@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from detr_jax.metrics import read_metrics
+from detr_jax.metric_writer import read_metrics
 
 _CURVES = (
     *("train/loss", "train/loss_ce", "train/loss_bbox", "train/loss_giou"),

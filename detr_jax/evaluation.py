@@ -2,39 +2,38 @@
 
 import contextlib
 import dataclasses
-import functools
 import io
 import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.experimental import multihost_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
-from detr_jax import checkpoint, sharding
-from detr_jax.boxes import cxcywh_to_xyxy
-from detr_jax.config import Config, DataConfig, from_dict
-from detr_jax.data.coco import CocoIndex, load_split
+from detr_jax import sharding
+from detr_jax.checkpoints import store
+from detr_jax.checkpoints.load import restore_model
+from detr_jax.config import DataConfig, from_dict
 from detr_jax.data.image import decode
+from detr_jax.data.index import DatasetIndex
 from detr_jax.data.pipeline import batches
-from detr_jax.data.resample import resample_batch
 from detr_jax.data.sampler import EvalSampler
-from detr_jax.models import build, split
-from detr_jax.pictures import compare
+from detr_jax.data.splits import load_split
+from detr_jax.drawing import compare
+from detr_jax.postprocess import coco_results, write_results
+from detr_jax.train_step import make_detect_step
 
 Detections = tuple[Any, Any, Any]
-"""scores float32 [b, n], labels int32 [b, n], boxes_xyxy float32 [b, n, 4] in pixels of the annotated photo."""
+"""scores float32 [b, n], labels int32 [b, n], boxes_xyxy float32 [b, n, 4] in pixels of the annotated image."""
 Predict = Callable[[tuple[int, int], dict[str, np.ndarray]], Detections]
-"""`predict(canvas, batch)`: the detections of this host's rows of a batch."""
+"""`predict(bucket, batch)`: the detections of this host's rows of a batch."""
 
 _NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 _TARGETS = ("image_id", "boxes_cxcywh", "labels", "num_boxes")  # what detecting does not need of a batch
@@ -104,68 +103,6 @@ class Scores:
         return "\n".join(lines)
 
 
-def postprocess(
-    outputs: Mapping[str, Any],
-    orig_size: jax.Array,
-    *,
-    classification: Literal["focal", "softmax"],
-    top_k: int = 100,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A model's outputs as detections; `PostProcess` of the official code of each paper.
-
-    `focal`: the `top_k` best (query, class) pairs by sigmoid score, best first, so that a query may give several.
-    `softmax`: for each query its best class other than the last, "no object"; in the queries' order.
-
-    Args:
-        outputs: `pred_logits` [b, q, k] and `pred_boxes` [b, q, 4] cxcywh, relative to the image.
-        orig_size: int32 [b, 2], (h, w) in whose pixels the boxes are wanted.
-        classification: as the model was trained.
-        top_k: detections per image, at most q * k; for `focal` only.
-
-    Returns:
-        scores float32 [b, n], labels int32 [b, n], boxes_xyxy float32 [b, n, 4]; n is `top_k` or q. Boxes may
-        reach beyond the image.
-    """
-    logits, boxes_xyxy = outputs["pred_logits"], cxcywh_to_xyxy(outputs["pred_boxes"])
-    if classification == "focal":
-        b, q, k = logits.shape
-        scores, best = jax.lax.top_k(jax.nn.sigmoid(logits).reshape(b, q * k), min(top_k, q * k))
-        labels = best % k
-        boxes_xyxy = jnp.take_along_axis(boxes_xyxy, (best // k)[..., None], axis=1)
-    else:
-        probabilities = jax.nn.softmax(logits, axis=-1)[..., :-1]
-        scores, labels = probabilities.max(axis=-1), probabilities.argmax(axis=-1)
-    h, w = orig_size[:, 0], orig_size[:, 1]
-    return scores, labels.astype(jnp.int32), boxes_xyxy * jnp.stack([w, h, w, h], axis=-1)[:, None].astype(jnp.float32)
-
-
-def coco_results(
-    image_ids: np.ndarray,
-    scores: np.ndarray,
-    labels: np.ndarray,
-    boxes_xyxy: np.ndarray,
-    category_ids: Sequence[int],
-) -> list[dict[str, Any]]:
-    """Detections of b images as COCO's results format: `image_id`, `category_id`, `bbox` (xywh), `score`.
-
-    Args:
-        image_ids: int64 [b].
-        scores: [b, n].
-        labels: int [b, n]; label i is category `category_ids[i]`.
-        boxes_xyxy: [b, n, 4], pixels of the annotated photos.
-        category_ids: of the data set's index.
-    """
-    boxes_xywh = np.concatenate([boxes_xyxy[..., :2], boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]], axis=-1)
-    categories = np.asarray(category_ids)[labels]
-    return [
-        {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
-        for image_id, *rows in zip(
-            image_ids.tolist(), categories.tolist(), boxes_xywh.tolist(), scores.tolist(), strict=True
-        )
-        for category_id, box, score in zip(*rows, strict=True)
-    ]
-
-
 def score(ground_truth: Mapping[str, Any] | str | os.PathLike[str], results: Sequence[Mapping[str, Any]]) -> Scores:
     """Scores COCO results against COCO annotations, with pycocotools.
 
@@ -203,22 +140,30 @@ def score(ground_truth: Mapping[str, Any] | str | os.PathLike[str], results: Seq
 
 
 def evaluate_model(
-    config: Config, graphdef: nnx.GraphDef, params: dict, buffers: dict, sampler: EvalSampler, mesh: jax.sharding.Mesh
+    detect: Callable[..., Detections],
+    params: dict,
+    buffers: dict,
+    sampler: EvalSampler,
+    data: DataConfig,
+    mesh: jax.sharding.Mesh,
 ) -> tuple[Scores, list[dict[str, Any]]]:
-    """Scores a model on the images of a sampler, as `evaluate`. Call it under `jax.set_mesh(mesh)`."""
+    """Scores a model on the images of a sampler, as `evaluate`. Call it under `jax.set_mesh(mesh)`.
 
-    @functools.partial(jax.jit, static_argnames="canvas")
-    def detect(params, buffers, batch, *, canvas):
-        model = nnx.merge(graphdef, params, buffers)
-        outputs = model(resample_batch(batch, canvas, sampler, config.data), batch["size"])
-        return postprocess(outputs, batch["orig_size"], classification=config.loss.classification)
+    Args:
+        detect: of `make_detect_step`.
+        params: the parameters to score, of `models.split`.
+        buffers: the rest of the model.
+        sampler: the images.
+        data: how they are read.
+        mesh: the devices.
+    """
 
-    def predict(canvas, batch):
+    def predict(bucket, batch):
         arrays = {name: rows for name, rows in batch.items() if name not in _TARGETS}
-        return detect(params, buffers, sharding.put_batch(arrays, mesh), canvas=canvas)
+        return detect(params, buffers, sharding.put_batch(arrays, mesh), bucket=bucket)
 
     rows = sharding.host_rows(sampler.batch_size, mesh)
-    feed = batches(sampler.index, sampler, range(len(sampler)), rows=rows, data_config=config.data)
+    feed = batches(sampler.index, sampler, range(len(sampler)), rows=rows, data_config=data)
     with contextlib.closing(feed):
         return evaluate(predict, feed, sampler.index, num_batches=len(sampler))
 
@@ -227,7 +172,7 @@ def evaluate_checkpoint(
     directory: str,
     data: DataConfig,
     *,
-    step: checkpoint.Step = "best",
+    step: store.Step = "best",
     batch_size: int = 8,
     results: str | None = None,
     pictures: str | None = None,
@@ -249,15 +194,16 @@ def evaluate_checkpoint(
         DataError: something is wrong with the data set.
     """
     if step == "best":
-        step = checkpoint.best_or_latest(directory)
-    saved = checkpoint.read_metadata(directory, step)
+        step = store.best_or_latest(directory)
+    saved = store.read_metadata(directory, step)
     config = dataclasses.replace(from_dict(saved["config"], saved["model"]), data=data)
     index = load_split(data, "val", category_ids=saved["category_ids"])
     mesh = sharding.make_mesh()
     graphdef, params, buffers = restore_model(directory, step, config, mesh)
     with jax.set_mesh(mesh):
         sampler = EvalSampler(index, data, batch_size)
-        scores, detections = evaluate_model(config, graphdef, params, buffers, sampler, mesh)
+        detect = make_detect_step(config, graphdef, sampler)
+        scores, detections = evaluate_model(detect, params, buffers, sampler, data, mesh)
     if jax.process_index() == 0:
         print("\n".join([f"{directory}, step {saved['step']}, {len(index)} images", *index.report, scores.table()]))
         if results:
@@ -265,30 +211,14 @@ def evaluate_checkpoint(
             print(f"results   {results}: {len(detections)} detections")
         if pictures:
             number = write_pictures(pictures, index, detections, num_pictures)
-            print(f"pictures  {pictures}: {number} photos, ground truth beside detections")
+            print(f"pictures  {pictures}: {number} images, ground truth beside detections")
     return scores
-
-
-def restore_model(
-    directory: str, step: checkpoint.Step, config: Config, mesh: jax.sharding.Mesh
-) -> tuple[nnx.GraphDef, dict, dict]:
-    """Graph, parameters (their moving average where there is one) and buffers of a checkpoint, on every device."""
-    saved = checkpoint.read_metadata(directory, step)
-    model = nnx.eval_shape(lambda: build(config.model, rngs=nnx.Rngs(0)))
-    graphdef, params, buffers = split(config.model, model)
-    trained = "ema" if "ema" in saved["entries"] else "params"
-
-    def place(leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh))
-
-    state = checkpoint.restore(directory, jax.tree.map(place, {trained: params, "buffers": buffers}), step)
-    return graphdef, state[trained], state["buffers"]
 
 
 def evaluate(
     predict: Predict,
     feed: Iterable[tuple[tuple[int, int], dict[str, np.ndarray]]],
-    index: CocoIndex,
+    index: DatasetIndex,
     *,
     num_batches: int | None = None,
 ) -> tuple[Scores, list[dict[str, Any]]]:
@@ -297,7 +227,7 @@ def evaluate(
     Args:
         predict: the detections of a batch; each process is given, and gives, its own rows of the global batch. Padding
             rows (image_id -1) are dropped.
-        feed: (canvas, batch) of the evaluation pipeline.
+        feed: (bucket, batch) of the evaluation pipeline.
         index: what is evaluated.
         num_batches: for the progress line, which process 0 shows.
 
@@ -319,9 +249,9 @@ def evaluate(
         disable=jax.process_index() != 0,
         mininterval=1,
     )
-    for canvas, batch in progress:
+    for bucket, batch in progress:
         rows = np.array([position[image_id] for image_id in batch["image_id"].tolist()], np.int32)
-        following = (rows, *predict(canvas, batch))  # runs on the device while the batch before is fetched
+        following = (rows, *predict(bucket, batch))  # runs on the device while the batch before is fetched
         if pending is not None:
             done.append(tuple(map(_host_rows, pending)))
         pending = following
@@ -342,17 +272,12 @@ def evaluate(
         )
     order = np.argsort(rows, kind="stable")[-len(index) :]
     results = coco_results(
-        index.image_ids[rows[order]], scores[order], labels[order], boxes_xyxy[order], index.category_ids
+        index.image_ids[rows[order]].tolist(), scores[order], labels[order], boxes_xyxy[order], index.category_ids
     )
     return score(index.ground_truth(), results), results
 
 
-def write_results(path: str | os.PathLike[str], results: Sequence[Mapping[str, Any]]) -> None:
-    """Writes COCO results as JSON, which `pycocotools.coco.COCO.loadRes` reads."""
-    Path(path).write_text(json.dumps(list(results)), encoding="utf-8")
-
-
-def write_pictures(folder: str, index: CocoIndex, results: Sequence[Mapping[str, Any]], number: int) -> int:
+def write_pictures(folder: str, index: DatasetIndex, results: Sequence[Mapping[str, Any]], number: int) -> int:
     """Draws ground truth beside detections for the first `number` images into `folder`; returns how many."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     label_of = {category_id: label for label, category_id in enumerate(index.category_ids)}

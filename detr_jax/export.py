@@ -1,6 +1,6 @@
 """A detector as one file that runs without this package: `jax.export`'s StableHLO, the weights, and a small program.
 
-surgery.export(loaded, "detector.zip", canvas=(800, 1088))
+export(loaded, "detector.zip", bucket=(800, 1088))
 
 $ python detector.zip photo.jpg      # needs jax, flatbuffers, numpy and pillow
 """
@@ -19,41 +19,42 @@ import numpy as np
 from flax import nnx
 from jax import export as jax_export
 
-from detr_jax import exported
+from detr_jax import export_standalone
+from detr_jax.checkpoints.load import Loaded
 from detr_jax.config import DeformableDETRConfig
-from detr_jax.detector import Loaded, normalised
-from detr_jax.evaluation import postprocess
+from detr_jax.data.resample import normalize
 from detr_jax.models import build
+from detr_jax.postprocess import postprocess
 
 
 def export(
     loaded: Loaded,
     path: str | os.PathLike[str],
-    canvas: tuple[int, int],
+    bucket: tuple[int, int],
     batch: int = 1,
     *,
     platforms: Sequence[str] = ("cpu", "tpu", "cuda"),
 ) -> None:
     """Writes `detect(weights, pixels, sizes, orig_sizes)`, jitted, and all that it takes to run it.
 
-    The file is a zip archive: `python FILE photo.jpg` prints detections, and `exported.py` in it, which imports jax,
-    NumPy and Pillow only, shows how to call it from a program. Deformable attention is exported as its reference
-    implementation, which every platform runs.
+    The file is a zip archive: `python FILE photo.jpg` prints detections, and `export_standalone.py` in it, which
+    imports jax, NumPy and Pillow only, shows how to call it from a program. Deformable attention is exported as its
+    reference implementation, which every platform runs.
 
     Args:
         loaded: the detector.
         path: of the file, such as `detector.zip`.
-        canvas: (height, width) in pixels that photos are padded to; multiples of 32. Photos that `loaded.scale` makes
+        bucket: (height, width) in pixels that images are padded to; multiples of 32. Images that `loaded.scale` makes
             larger than that are shrunk to it.
-        batch: photos in a call.
+        batch: images in a call.
         platforms: of jax, on which it will run.
 
     Raises:
-        ValueError: a canvas that is not one, or a model that does not fit it (two-stage with more queries than tokens).
+        ValueError: a bucket that is not one, or a model that does not fit it (two-stage with more queries than tokens).
     """
-    if batch < 1 or any(side < 32 or side % 32 for side in canvas):
+    if batch < 1 or any(side < 32 or side % 32 for side in bucket):
         raise ValueError(
-            f"export: canvas={canvas}, batch={batch}; expected sides that are multiples of 32, and a batch"
+            f"export: bucket={bucket}, batch={batch}; expected sides that are multiples of 32, and a batch"
         )
     config = loaded.config
     if isinstance(config, DeformableDETRConfig):
@@ -63,16 +64,16 @@ def export(
 
     def detect(weights, pixels, sizes, orig_sizes):
         model = nnx.merge(graphdef, jax.tree.unflatten(structure, weights))
-        outputs = model(normalised(pixels, sizes), sizes)
+        outputs = model(normalize(pixels, sizes), sizes)
         return postprocess(outputs, orig_sizes, classification=loaded.classification)
 
     weights = [np.asarray(leaf) for leaf in leaves]
     shapes = [jax.ShapeDtypeStruct(weight.shape, weight.dtype) for weight in weights]
-    pixels = jax.ShapeDtypeStruct((batch, *canvas, 3), jnp.uint8)
+    pixels = jax.ShapeDtypeStruct((batch, *bucket, 3), jnp.uint8)
     sizes = jax.ShapeDtypeStruct((batch, 2), jnp.int32)
     program = jax_export.export(jax.jit(detect), platforms=tuple(platforms))(shapes, pixels, sizes, sizes)
     about = {
-        "canvas": canvas,
+        "bucket": bucket,
         "batch": batch,
         "scale": loaded.scale,
         "max_size": loaded.max_size,
@@ -84,7 +85,7 @@ def export(
     }
     arrays = io.BytesIO()
     np.savez(arrays, *weights)
-    source = Path(exported.__file__).read_text(encoding="utf-8")
+    source = Path(export_standalone.__file__).read_text(encoding="utf-8")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("__main__.py", "import exported\n\nexported.main()\n")
         archive.writestr("exported.py", source)

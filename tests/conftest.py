@@ -19,5 +19,5 @@ DATA = Path(__file__).parent / "data"
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """`tests/data`: the real photos and annotations that the repository carries."""
+    """`tests/data`: the real images and annotations that the repository carries."""
     return DATA

@@ -1,4 +1,4 @@
-"""A training run small enough for tests, on the blood-cell photos: seconds a step at most on one core."""
+"""A training run small enough for tests, on the blood-cell images: seconds a step at most on one core."""
 
 import dataclasses
 from pathlib import Path
@@ -48,8 +48,8 @@ def config(output_dir: str | Path = "unused", **train) -> Config:
     )
 
 
-def recipe(path: Path, run: Config) -> Path:
-    """Writes a recipe file that says the same as `run`."""
+def write_config(path: Path, run: Config) -> Path:
+    """Writes a config file that says the same as `run`."""
     path.write_text(
         "from detr_jax.config import from_dict\n"
         f"config = from_dict({dataclasses.asdict(run)!r}, {type(run.model).__name__!r})\n"

@@ -1,4 +1,4 @@
-"""Training in PyTorch, as the official code does it: criterion, optimiser groups, clipping. The oracle of a step."""
+"""Training in PyTorch, as the official code does it: criterion, optimizer groups, clipping. The oracle of a step."""
 
 import re
 
@@ -11,7 +11,7 @@ from detr_jax.config import DETRConfig, LossConfig, OptimConfig
 
 
 def giou(a, b):
-    """Generalised IoU of aligned boxes, cxcywh `[n, 4]` -> `[n]`."""
+    """Generalized IoU of aligned boxes, cxcywh `[n, 4]` -> `[n]`."""
     a, b = (torch.cat([x[..., :2] - x[..., 2:] / 2, x[..., :2] + x[..., 2:] / 2], -1) for x in (a, b))
     size = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0)
     hull = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import transformers
 
-from detr_jax import dialects, pretrained
+from detr_jax.checkpoints import convert, key_maps
 from detr_jax.config import BackboneConfig, DeformableDETRConfig, DETRConfig
 from detr_jax.models.resnet import BLOCKS
 
@@ -82,13 +82,13 @@ def _resnet(config: BackboneConfig, stages: list[str]) -> transformers.ResNetCon
 
 def load(model: torch.nn.Module, config: DETRConfig | DeformableDETRConfig, weights: Mapping[str, np.ndarray]) -> None:
     """Give their model our weights; every tensor of theirs must have one, and every one of ours must be used."""
-    paths = {pretrained.canonical(path.split(".")): path for path in weights}
+    paths = {convert.canonical(path.split(".")): path for path in weights}
     unused = set(weights)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             ours = our_name(name, config)
             path = paths[ours]
-            array = pretrained.to_theirs(weights[path], ours, path.endswith(".kernel"))
+            array = convert.to_theirs(weights[path], ours, path.endswith(".kernel"))
             assert tensor.shape == array.shape, f"{name} {tuple(tensor.shape)}, our {path} {array.shape}"
             tensor.copy_(torch.from_numpy(array.copy()))
             unused.discard(path)
@@ -99,7 +99,7 @@ def load(model: torch.nn.Module, config: DETRConfig | DeformableDETRConfig, weig
 def our_name(name: str, config: DETRConfig | DeformableDETRConfig) -> str:
     """Our name of a tensor of theirs, with PyTorch's leaf."""
     table = _TABLES[type(config)]
-    ours = dialects.renamed(name, table)[0]
+    ours = key_maps.rename(name, table)[0]
     if isinstance(config, DeformableDETRConfig) and not config.box_refinement:
         # One head for all layers; theirs shares it under as many names.
         ours = re.sub(r"^(class|bbox)_embed\.\d+\.", r"\1_embed.0.", ours)
@@ -107,8 +107,8 @@ def our_name(name: str, config: DETRConfig | DeformableDETRConfig) -> str:
 
 
 _TABLES = {
-    DETRConfig: dialects.compiled(dialects.HF_DETR.rows),
-    DeformableDETRConfig: dialects.compiled(dialects.HF_DEFORMABLE.rows),
+    DETRConfig: key_maps.compile_rows(key_maps.HF_DETR.rows),
+    DeformableDETRConfig: key_maps.compile_rows(key_maps.HF_DEFORMABLE.rows),
 }
 
 
@@ -126,8 +126,8 @@ def outputs(model: torch.nn.Module, images: np.ndarray, sizes: np.ndarray) -> di
     outputs = model(pixels, torch.from_numpy(valid), output_hidden_states=True)
     result = {}
     if isinstance(model, transformers.DetrForObjectDetection):
-        # Not `auxiliary_loss=True`: it feeds each layer the normalised output of the one before, the official
-        # code normalises only what the heads see. The last state comes normalised.
+        # Not `auxiliary_loss=True`: it feeds each layer the normalized output of the one before, the official
+        # code normalizes only what the heads see. The last state comes normalized.
         hidden = model.model.decoder.layernorm(torch.stack(outputs.decoder_hidden_states[1:-1]))
         hidden = torch.cat([hidden, outputs.last_hidden_state[None]])
         logits, boxes = model.class_labels_classifier(hidden), model.bbox_predictor(hidden).sigmoid()

@@ -6,10 +6,15 @@ grayscale is scaled by 1/257 to 8 bits (Pillow clips it to white).
 """
 
 import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from detr_jax.data.transforms import resize_size
 
 _ORIENTATION = 0x0112  # EXIF tag
 _END = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
@@ -96,3 +101,48 @@ def _to_rgb(image: Image.Image) -> Image.Image:
             raise ValueError(f"mode {image.mode}: got values {pixels.min()}..{pixels.max()}, expected 0..65535")
         image = Image.fromarray(((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+ImageLike = Image.Image | np.ndarray | str | os.PathLike[str]
+
+
+def open_image(image: ImageLike) -> Image.Image:
+    """An image as an upright RGB image of Pillow."""
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
+            raise ValueError(
+                f"an image as an array must be uint8 [h, w, 3] (RGB) or [h, w] (gray), got {image.dtype} "
+                f"{list(image.shape)}"
+            )
+        return Image.fromarray(image).convert("RGB")
+    if isinstance(image, str | os.PathLike):
+        if not Path(image).is_file():
+            raise FileNotFoundError(f"{image}: no such image")
+        try:
+            with Image.open(image) as opened:
+                return ImageOps.exif_transpose(opened).convert("RGB")
+        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            raise ValueError(f"{image}: not an image, or a damaged one: {error}") from error
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def fit_size(orig: np.ndarray, scale: int, max_size: int) -> np.ndarray:
+    """(h, w) to which an image of that (h, w) is resized; the official rounding, but never beyond `max_size`."""
+    return np.minimum(resize_size(orig, scale, max_size), max_size)
+
+
+def pad_to_bucket(
+    batch: Sequence[tuple[Image.Image, np.ndarray]], bucket: tuple[int, int], batch_size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Images, each resized to its (h, w), on buckets.
+
+    Returns:
+        pixels uint8 [b, H, W, 3], sizes int32 [b, 2] and the images' own sizes int32 [b, 2]; rows that are left over
+        hold an empty image.
+    """
+    pixels = np.zeros((batch_size, *bucket, 3), np.uint8)
+    sizes, orig_sizes = np.ones((2, batch_size, 2), np.int32) * 32
+    for i, (image, (h, w)) in enumerate(batch):
+        pixels[i, :h, :w] = np.asarray(image.resize((int(w), int(h)), Image.Resampling.BILINEAR))
+        sizes[i], orig_sizes[i] = (h, w), (image.height, image.width)
+    return pixels, sizes, orig_sizes

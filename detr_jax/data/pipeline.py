@@ -1,7 +1,7 @@
-"""Reads and decodes the photos of the sampler's batches, ahead of time; all that is done to pixels on the host.
+"""Reads and decodes the images of the sampler's batches, ahead of time; all that is done to pixels on the host.
 
 Two engines make the same batches, bit by bit: `tf` (tf.data, C++ threads) and `pillow` (a thread pool). TensorFlow
-decodes plain JPEG files; whatever needs rotation, colour conversion or shrinking goes through `image.decode` in both.
+decodes plain JPEG files; whatever needs rotation, color conversion or shrinking goes through `image.decode` in both.
 """
 
 import importlib.util
@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from detr_jax.config import DataConfig
-from detr_jax.data.buckets import Canvas
-from detr_jax.data.coco import CocoIndex
+from detr_jax.data.buckets import Bucket
 from detr_jax.data.image import DataError, decode
+from detr_jax.data.index import DatasetIndex
 from detr_jax.data.sampler import BatchPlan
 
 Batch = dict[str, np.ndarray]
@@ -26,7 +26,7 @@ class Sampler(Protocol):
     """What the pipeline needs of `TrainSampler` and `EvalSampler`."""
 
     source_size: np.ndarray
-    source_canvas: Canvas
+    source_shape: Bucket
 
     def plan(self, step: int) -> BatchPlan:
         """The global batch of a step."""
@@ -34,9 +34,9 @@ class Sampler(Protocol):
 
 
 def batches(
-    index: CocoIndex, sampler: Sampler, steps: Iterable[int], *, rows: slice = slice(None), data_config: DataConfig
-) -> Generator[tuple[Canvas, Batch], None, None]:
-    """Yields the canvas and the batch of each step, `data_config.prefetch` batches ahead.
+    index: DatasetIndex, sampler: Sampler, steps: Iterable[int], *, rows: slice = slice(None), data_config: DataConfig
+) -> Generator[tuple[Bucket, Batch], None, None]:
+    """Yields the bucket and the batch of each step, `data_config.prefetch` batches ahead.
 
     Args:
         index: the data set.
@@ -46,8 +46,8 @@ def batches(
         data_config: engine, workers, prefetch and cache.
 
     Yields:
-        canvas (height, width), and a dict of the arrays of `BatchPlan` (but `canvas` and `index`) with `pixels` uint8
-        [b, Hs, Ws, 3]: the photos at the top left of the sampler's source canvas, black elsewhere. Closing the
+        bucket (height, width), and a dict of the arrays of `BatchPlan` (but `bucket` and `index`) with `pixels` uint8
+        [b, Hs, Ws, 3]: the images at the top left of the sampler's source bucket, black elsewhere. Closing the
         generator stops the threads.
 
     Raises:
@@ -62,16 +62,16 @@ def batches(
 def _engine(data: DataConfig) -> str:
     if data.engine != "auto":
         return data.engine
-    # With a cache nearly every photo is a copy in memory, which needs no TensorFlow.
+    # With a cache nearly every image is a copy in memory, which needs no TensorFlow.
     return "tf" if importlib.util.find_spec("tensorflow") and not data.cache else "pillow"
 
 
 class _Loader:
-    """Decodes photo i to its source size, or takes it from the cache."""
+    """Decodes image i to its source size, or takes it from the cache."""
 
-    def __init__(self, index: CocoIndex, sampler: Sampler, cache: bool):
+    def __init__(self, index: DatasetIndex, sampler: Sampler, cache: bool):
         self.index = index
-        self.canvas = sampler.source_canvas
+        self.bucket = sampler.source_shape
         self.sizes = sampler.source_size
         self.cache = cache
 
@@ -90,25 +90,25 @@ class _Loader:
         return pixels
 
 
-def _batch(plan: BatchPlan, pixels: np.ndarray) -> tuple[Canvas, Batch]:
-    arrays = {name: array for name, array in vars(plan).items() if name not in ("canvas", "index")}
-    return plan.canvas, {"pixels": pixels, **arrays}
+def _batch(plan: BatchPlan, pixels: np.ndarray) -> tuple[Bucket, Batch]:
+    arrays = {name: array for name, array in vars(plan).items() if name not in ("bucket", "index")}
+    return plan.bucket, {"pixels": pixels, **arrays}
 
 
 def _pillow_batches(
     loader: _Loader, plans: Iterator[BatchPlan], data: DataConfig
-) -> Generator[tuple[Canvas, Batch], None, None]:
+) -> Generator[tuple[Bucket, Batch], None, None]:
     planner, pool = ThreadPoolExecutor(1, "plan"), ThreadPoolExecutor(max(data.workers, 1), "decode")
 
     def fill(pixels: np.ndarray, i: int) -> None:
-        photo = loader(i)
-        pixels[: photo.shape[0], : photo.shape[1]] = photo
+        image = loader(i)
+        pixels[: image.shape[0], : image.shape[1]] = image
 
     def start_next() -> tuple[BatchPlan, np.ndarray, list[Future[None]]] | None:
         plan = next(plans, None)
         if plan is None:
             return None
-        pixels = np.zeros([len(plan.index), *loader.canvas, 3], np.uint8)
+        pixels = np.zeros([len(plan.index), *loader.bucket, 3], np.uint8)
         return plan, pixels, [pool.submit(fill, pixels[row], int(i)) for row, i in enumerate(plan.index) if i >= 0]
 
     try:
@@ -126,7 +126,7 @@ def _pillow_batches(
 
 def _tf_batches(
     loader: _Loader, plans: Iterator[BatchPlan], data: DataConfig
-) -> Generator[tuple[Canvas, Batch], None, None]:
+) -> Generator[tuple[Bucket, Batch], None, None]:
     import tensorflow as tf
 
     tf.config.set_visible_devices([], "GPU")
@@ -140,7 +140,7 @@ def _tf_batches(
                 native = i >= 0 and index.plain[i] and (loader.sizes[i] == index.sizes[i]).all() and not loader.cache
                 yield i, index.name(i).encode() if native else b""
 
-    def photo(i: np.ndarray) -> np.ndarray:
+    def image(i: np.ndarray) -> np.ndarray:
         return loader(int(i)) if i >= 0 else np.zeros([1, 1, 3], np.uint8)
 
     def load(i: Any, path: Any) -> Any:
@@ -149,7 +149,7 @@ def _tf_batches(
             lambda: tf.io.decode_jpeg(
                 tf.io.read_file(path), channels=3, dct_method="INTEGER_ACCURATE", fancy_upscaling=True
             ),
-            lambda: tf.ensure_shape(tf.numpy_function(photo, [i], tf.uint8), [None, None, 3]),
+            lambda: tf.ensure_shape(tf.numpy_function(image, [i], tf.uint8), [None, None, 3]),
         )
 
     first = next(plans, None)
@@ -159,7 +159,7 @@ def _tf_batches(
     signature = (tf.TensorSpec([], tf.int64), tf.TensorSpec([], tf.string))
     dataset = tf.data.Dataset.from_generator(rows, output_signature=signature)
     dataset = dataset.map(load, num_parallel_calls=max(data.workers, 1), deterministic=True)
-    dataset = dataset.padded_batch(len(first.index), [*loader.canvas, 3], drop_remainder=True)
+    dataset = dataset.padded_batch(len(first.index), [*loader.bucket, 3], drop_remainder=True)
     dataset = dataset.prefetch(max(data.prefetch, 1))
     options = tf.data.Options()
     options.threading.private_threadpool_size = max(data.workers, 1)

@@ -1,12 +1,13 @@
-"""From decoded photos to normalised pixels, on the device: flip, crop, antialiased resize, ImageNet normalisation.
+"""From decoded images to normalized pixels, on the device: flip, crop, antialiased resize, ImageNet normalization.
 
-Resizing is Pillow's `Image.resize(..., BILINEAR)`: a triangle filter, as wide as the downscaling factor, renormalised
+Resizing is Pillow's `Image.resize(..., BILINEAR)`: a triangle filter, as wide as the downscaling factor, renormalized
 at the border. It is linear and separable, so an image is `rows @ pixels @ columns`, with one banded matrix per axis
 and image that is built here from a few integers. The crop branch (resize, crop, resize) composes its two matrices
-first. One resize agrees with Pillow within one grey level, two within two: Pillow rounds after each of its passes.
+first. One resize agrees with Pillow within one gray level, two within two: Pillow rounds after each of its passes.
 """
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,11 @@ import numpy as np
 from jax import lax
 
 from detr_jax.config import DataConfig
-from detr_jax.data.sampler import EvalSampler, TrainSampler
 
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
-# Three bfloat16 passes on a TPU, TF32 on a GPU: pixels are exact in either, weights to better than 1/8 grey level.
+# Three bfloat16 passes on a TPU, TF32 on a GPU: pixels are exact in either, weights to better than 1/8 gray level.
 _PRECISION = lax.Precision.HIGH
 
 
@@ -31,7 +31,7 @@ def resample(
     crop: jax.Array,
     size: jax.Array,
     *,
-    canvas: tuple[int, int],
+    bucket: tuple[int, int],
     two_resizes: bool,
     max_crop: int = 600,
     only_flip: bool = False,
@@ -39,49 +39,54 @@ def resample(
     """Makes the model's input from a batch of the pipeline.
 
     Args:
-        pixels: uint8 [b, Hs, Ws, 3]; photos at the top left.
-        source_size: int32 [b, 2] (h, w) of the photos.
+        pixels: uint8 [b, Hs, Ws, 3]; images at the top left.
+        source_size: int32 [b, 2] (h, w) of the images.
         flip: bool [b]; horizontally, before all else.
         resized_size: int32 [b, 2] (h, w) of the first resize; `source_size` where there is none.
-        crop: int32 [b, 4] (top, left, height, width) in the resized photo.
+        crop: int32 [b, 4] (top, left, height, width) in the resized image.
         size: int32 [b, 2] final (h, w).
-        canvas: (H, W) of the result.
+        bucket: (H, W) of the result.
         two_resizes: some images are cropped after a first resize; static. If not, `resized_size` and `crop` are not
             looked at.
         max_crop: the largest height or width of a crop of an image that is resized twice; static.
-        only_flip: photos, canvases and sizes are all the same, so that there is nothing to resize; static.
+        only_flip: images, buckets and sizes are all the same, so that there is nothing to resize; static.
 
     Returns:
-        float32 [b, H, W, 3], normalised; zero outside of `size`.
+        float32 [b, H, W, 3], normalized; zero outside of `size`.
     """
     if only_flip:
-        if pixels.shape[1:3] != canvas:
-            raise ValueError(f"only_flip: got pixels {pixels.shape[1:3]} (height, width), expected the canvas {canvas}")
-        image = jnp.where(flip[:, None, None, None], pixels[:, :, ::-1], pixels).astype(jnp.float32)
-        return _normalise(image)
+        if pixels.shape[1:3] != bucket:
+            raise ValueError(f"only_flip: got pixels {pixels.shape[1:3]} (height, width), expected the bucket {bucket}")
+        return normalize(jnp.where(flip[:, None, None, None], pixels[:, :, ::-1], pixels), size)
 
     def matrix(axis: int) -> jax.Array:
         args = source_size[:, axis], resized_size[:, axis], crop[:, axis], crop[:, axis + 2], size[:, axis]
         mirrored = flip if axis == 1 else jnp.zeros_like(flip)
         build = _composed_matrix if two_resizes else _single_matrix
-        bounds = (pixels.shape[1 + axis], max_crop, canvas[axis])
+        bounds = (pixels.shape[1 + axis], max_crop, bucket[axis])
         return jax.vmap(lambda *a: build(*a, bounds=bounds))(mirrored, *args)
 
     rows, columns = matrix(0), matrix(1)  # [b, H, Hs], [b, W, Ws]
     image = pixels.astype(jnp.float32)
-    (Hs, Ws), (H, W) = pixels.shape[1:3], canvas
+    (Hs, Ws), (H, W) = pixels.shape[1:3], bucket
     if H * Ws * (Hs + W) <= Hs * W * (Ws + H):  # the cheaper order
         image = jnp.einsum("bos,bswc->bowc", rows, image, precision=_PRECISION)
         image = jnp.einsum("bos,bhsc->bhoc", columns, image, precision=_PRECISION)
     else:
         image = jnp.einsum("bos,bhsc->bhoc", columns, image, precision=_PRECISION)
         image = jnp.einsum("bos,bswc->bowc", rows, image, precision=_PRECISION)
-    inside = (jnp.arange(H) < size[:, :1])[:, :, None] & (jnp.arange(W) < size[:, 1:])[:, None, :]
-    return jnp.where(inside[..., None], _normalise(image), 0)
+    return normalize(image, size)
+
+
+class Resampling(Protocol):
+    """What `resample` needs to know of a sampler."""
+
+    two_resizes: bool
+    only_flip: bool
 
 
 def resample_batch(
-    batch: Mapping[str, jax.Array], canvas: tuple[int, int], sampler: TrainSampler | EvalSampler, data: DataConfig
+    batch: Mapping[str, jax.Array], bucket: tuple[int, int], sampler: Resampling, data: DataConfig
 ) -> jax.Array:
     """`resample` of a batch that the sampler planned: float32 [b, H, W, 3]."""
     return resample(
@@ -91,15 +96,18 @@ def resample_batch(
         batch["resized_size"],
         batch["crop"],
         batch["size"],
-        canvas=canvas,
+        bucket=bucket,
         two_resizes=sampler.two_resizes,
         max_crop=data.crop_size[1],
         only_flip=sampler.only_flip,
     )
 
 
-def _normalise(image: jax.Array) -> jax.Array:
-    return (image - 255 * IMAGENET_MEAN) / (255 * IMAGENET_STD)
+def normalize(pixels: jax.Array, sizes: jax.Array) -> jax.Array:
+    """What models take: 0-255 `[b, H, W, 3]` and int `[b, 2]` (h, w) -> float32 `[b, H, W, 3]`, zero in the padding."""
+    inside = (jnp.arange(pixels.shape[1]) < sizes[:, :1])[:, :, None, None]
+    inside &= (jnp.arange(pixels.shape[2]) < sizes[:, 1:])[:, None, :, None]
+    return jnp.where(inside, (pixels.astype(jnp.float32) - 255 * IMAGENET_MEAN) / (255 * IMAGENET_STD), 0)
 
 
 def _single_matrix(mirrored, source, resized, start, length, final, *, bounds):
@@ -122,7 +130,7 @@ def _composed_matrix(mirrored, source, resized, start, length, final, *, bounds)
 
 
 def _positions(mirrored: jax.Array, source: jax.Array, bound: int) -> jax.Array:
-    """[in]: where each stored pixel is in the photo after the flip; negative or >= source in the padding."""
+    """[in]: where each stored pixel is in the image after the flip; negative or >= source in the padding."""
     stored = jnp.arange(bound)
     return jnp.where(mirrored, source - 1 - stored, stored)
 
@@ -130,11 +138,11 @@ def _positions(mirrored: jax.Array, source: jax.Array, bound: int) -> jax.Array:
 def _triangle(source, final, start, bound_out: int, positions) -> jax.Array:
     """[out, in]: weights of input pixels at `positions` for the output pixels `start`, `start + 1`, ...
 
-    As `precompute_coeffs` of Pillow: out pixel o is centred at (o + 0.5) * source / final.
+    As `precompute_coeffs` of Pillow: out pixel o is centered at (o + 0.5) * source / final.
     """
     scale = source.astype(jnp.float32) / final
-    centre = (start + jnp.arange(bound_out) + 0.5) * scale
-    distance = (positions + 0.5 - centre[:, None]) / jnp.maximum(scale, 1)
+    center = (start + jnp.arange(bound_out) + 0.5) * scale
+    distance = (positions + 0.5 - center[:, None]) / jnp.maximum(scale, 1)
     inside = (positions >= 0) & (positions < source)
     weights = jnp.where(inside, jnp.maximum(1 - jnp.abs(distance), 0), 0)
     return weights / jnp.maximum(weights.sum(1, keepdims=True), 1e-6)

@@ -6,7 +6,7 @@ does not change the order, and training resumes at any step. The augmentation is
 `RandomSizeCrop(*crop_size)`, `RandomResize(scales, max_size)`.
 
 Each batch is formed inside one bucket. The images that are left over where the buckets are cut into batches are merged
-on the smallest canvas that covers them, so that an epoch leaves out `len(index) % batch_size` images drawn at random,
+on the smallest bucket that covers them, so that an epoch leaves out `len(index) % batch_size` images drawn at random,
 as the official `drop_last` does, and no more.
 """
 
@@ -16,9 +16,9 @@ import functools
 import numpy as np
 
 from detr_jax.config import DataConfig
-from detr_jax.data.buckets import Canvas, check_buckets, derive_buckets, smallest_bucket
-from detr_jax.data.coco import CocoIndex
-from detr_jax.data.transforms import resized, shrunk, transform_boxes
+from detr_jax.data.buckets import Bucket, check_buckets, derive_buckets, smallest_bucket
+from detr_jax.data.index import DatasetIndex
+from detr_jax.data.transforms import resize_size, shrink_size, transform_boxes
 
 _BUCKET_SAMPLE = 5000  # draws, at least, that the training buckets are derived from
 
@@ -27,20 +27,20 @@ _BUCKET_SAMPLE = 5000  # draws, at least, that the training buckets are derived 
 class BatchPlan:
     """A batch without its pixels; b rows, t boxes."""
 
-    canvas: Canvas
+    bucket: Bucket
     """(height, width) that the batch is padded to."""
     index: np.ndarray
-    """int64 [b]: position in the `CocoIndex`; -1 is a padding row."""
+    """int64 [b]: position in the `DatasetIndex`; -1 is a padding row."""
     source_size: np.ndarray
-    """int32 [b, 2]: (h, w) of the decoded photo."""
+    """int32 [b, 2]: (h, w) of the decoded image."""
     flip: np.ndarray
     """bool [b]: flipped horizontally, before all else."""
     resized_size: np.ndarray
     """int32 [b, 2]: (h, w) after the first resize of the crop branch; `source_size` outside of it."""
     crop: np.ndarray
-    """int32 [b, 4]: (top, left, height, width) in the resized photo."""
+    """int32 [b, 4]: (top, left, height, width) in the resized image."""
     size: np.ndarray
-    """int32 [b, 2]: final (h, w), at most `canvas`."""
+    """int32 [b, 2]: final (h, w), at most `bucket`."""
     boxes_cxcywh: np.ndarray
     """float32 [b, t, 4]: relative to `size`; zeros after `num_boxes`."""
     labels: np.ndarray
@@ -54,8 +54,8 @@ class BatchPlan:
 
     def rows(self, rows: slice) -> "BatchPlan":
         """The plan of some of the rows: those of one host."""
-        arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "canvas"}
-        return BatchPlan(canvas=self.canvas, **{name: array[rows] for name, array in arrays.items()})
+        arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "bucket"}
+        return BatchPlan(bucket=self.bucket, **{name: array[rows] for name, array in arrays.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,37 +75,37 @@ class _Epoch:
     draw: _Draw
     batches: np.ndarray
     """[steps, b] positions in the index."""
-    canvases: list[Canvas]
+    buckets: list[Bucket]
 
 
 class _Sampler:
     """What training and evaluation share."""
 
-    def __init__(self, index: CocoIndex, data: DataConfig, batch_size: int):
+    def __init__(self, index: DatasetIndex, data: DataConfig, batch_size: int):
         if batch_size < 1:
             raise ValueError(f"train.batch_size: got {batch_size}, expected at least 1")
         self.index = index
         self.batch_size = batch_size
         self.max_boxes = max(index.max_boxes, 1)
         """t: boxes per row of a plan."""
-        self.source_size = shrunk(index.sizes, data.max_source_side)
-        """int32 [n, 2]: (h, w) of the decoded photos."""
+        self.source_size = shrink_size(index.sizes, data.max_source_side)
+        """int32 [n, 2]: (h, w) of the decoded images."""
         height, width = self.source_size.max(0)
-        self.source_canvas: Canvas = (int(height), int(width))
+        self.source_shape: Bucket = (int(height), int(width))
         """(height, width) of the batches' `pixels`."""
-        self.canvases: tuple[Canvas, ...] = ()
+        self.buckets: tuple[Bucket, ...] = ()
         """The buckets, by area."""
 
-    def _fills_canvas(self, sizes: np.ndarray) -> bool:
-        """Whether decoded photos and final `sizes` [n, 2] are all those of the only canvas."""
-        same = (self.source_size == self.source_canvas).all() and (sizes == self.source_canvas).all()
-        return bool(same) and self.canvases == (self.source_canvas,)
+    def _fills_bucket(self, sizes: np.ndarray) -> bool:
+        """Whether decoded images and final `sizes` [n, 2] are all those of the only bucket."""
+        same = (self.source_size == self.source_shape).all() and (sizes == self.source_shape).all()
+        return bool(same) and self.buckets == (self.source_shape,)
 
     def _uncropped(self, flip: np.ndarray, size: np.ndarray) -> _Draw:
         whole = np.concatenate([np.zeros_like(self.source_size), self.source_size], -1)
         return _Draw(flip, self.source_size, whole, size, np.zeros(len(size), bool))
 
-    def _plan(self, canvas: Canvas, rows: np.ndarray, draw: _Draw) -> BatchPlan:
+    def _plan(self, bucket: Bucket, rows: np.ndarray, draw: _Draw) -> BatchPlan:
         """Rows [b] of the index, augmented as drawn; -1 makes a padding row of one pixel."""
         real = rows >= 0
         boxes_cxcywh = np.zeros([len(rows), self.max_boxes, 4], np.float32)
@@ -126,7 +126,7 @@ class _Sampler:
             return np.where(mask, array[rows], np.array(padding, array.dtype))
 
         return BatchPlan(
-            canvas=canvas,
+            bucket=bucket,
             index=rows,
             source_size=pick(self.source_size, [1, 1]),
             flip=pick(draw.flip, 0),
@@ -154,7 +154,7 @@ class TrainSampler(_Sampler):
         ValueError: fewer images than `batch_size`, sizes that are not positive, or buckets that are too small.
     """
 
-    def __init__(self, index: CocoIndex, data: DataConfig, batch_size: int, seed: int):
+    def __init__(self, index: DatasetIndex, data: DataConfig, batch_size: int, seed: int):
         super().__init__(index, data, batch_size)
         if len(index) < batch_size:
             raise ValueError(
@@ -173,12 +173,12 @@ class TrainSampler(_Sampler):
         if data.buckets is None:
             rng = np.random.default_rng(0)  # of its own, so that the buckets do not depend on the seed
             draws = [self._draw_images(rng).size for _ in range(-(-_BUCKET_SAMPLE // len(index)))]
-            self.canvases = derive_buckets(np.concatenate(draws), largest)
+            self.buckets = derive_buckets(np.concatenate(draws), largest)
         else:
-            self.canvases = check_buckets(data.buckets, largest[None], "the largest training height and width")
+            self.buckets = check_buckets(data.buckets, largest[None], "the largest training height and width")
         self.two_resizes = data.crop
         """Some images are resized twice: an argument of `resample`."""
-        self.only_flip = not data.crop and self._fills_canvas(possible)
+        self.only_flip = not data.crop and self._fills_bucket(possible)
         """No image is resized: an argument of `resample`."""
         self._epoch = functools.lru_cache(maxsize=2)(self._draw_epoch)
 
@@ -190,17 +190,17 @@ class TrainSampler(_Sampler):
         """The global batch of a step, counted from 0 over all epochs."""
         number, position = divmod(step, len(self))
         epoch = self._epoch(number)
-        return self._plan(epoch.canvases[position], epoch.batches[position], epoch.draw)
+        return self._plan(epoch.buckets[position], epoch.batches[position], epoch.draw)
 
     def _draw_epoch(self, number: int) -> _Epoch:
         # Nothing is carried from epoch to epoch: (seed, number) is the key of a counter-based generator.
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([self._seed, number])))
         draw = self._draw_images(rng)
         order = rng.permutation(len(self.index))[: len(self) * self.batch_size]
-        bucket = smallest_bucket(self.canvases, draw.size[order])
+        bucket_of = smallest_bucket(self.buckets, draw.size[order])
         full, left = [], []
-        for i in range(len(self.canvases)):
-            members = order[bucket == i]
+        for i in range(len(self.buckets)):
+            members = order[bucket_of == i]
             cut = len(members) // self.batch_size * self.batch_size
             full.append(members[:cut])
             left.append(members[cut:])
@@ -209,18 +209,18 @@ class TrainSampler(_Sampler):
         left = left[np.lexsort((np.maximum(heights, widths), heights > widths))]  # alike ones share a batch
         batches = np.concatenate([*full, left]).reshape(-1, self.batch_size)
         batches = rng.permutation(batches)
-        canvas_of = smallest_bucket(self.canvases, draw.size[batches].max(1))
-        return _Epoch(draw, batches, [self.canvases[i] for i in canvas_of])
+        bucket_of = smallest_bucket(self.buckets, draw.size[batches].max(1))
+        return _Epoch(draw, batches, [self.buckets[i] for i in bucket_of])
 
     def _draw_images(self, rng: np.random.Generator) -> _Draw:
         data, sizes, n = self._data, self.index.sizes, len(self.index)
         flip = (rng.random(n) < 0.5) & data.flip
         scale = rng.choice(np.array(data.scales), n)
-        draw = self._uncropped(flip, resized(sizes, scale, data.max_size))
+        draw = self._uncropped(flip, resize_size(sizes, scale, data.max_size))
         if not data.crop:
             return draw
         cropped = rng.random(n) < 0.5
-        first = resized(sizes, rng.choice(np.array(data.crop_scales), n))
+        first = resize_size(sizes, rng.choice(np.array(data.crop_scales), n))
         low, high = np.minimum(data.crop_size[0], first), np.minimum(data.crop_size[1], first)
         crop_size = rng.integers(low, high, endpoint=True)
         corner = rng.integers(0, first - crop_size, endpoint=True)
@@ -230,7 +230,7 @@ class TrainSampler(_Sampler):
             flip=flip,
             resized_size=np.where(either, first, draw.resized_size),
             crop=np.where(either, crop, draw.crop),
-            size=np.where(either, resized(crop_size, scale, data.max_size), draw.size),
+            size=np.where(either, resize_size(crop_size, scale, data.max_size), draw.size),
             cropped=cropped,
         )
 
@@ -239,11 +239,11 @@ class TrainSampler(_Sampler):
         data, sizes = self._data, np.unique(self.index.sizes, axis=0)
         before = [sizes]
         if data.crop:
-            first = np.concatenate([resized(sizes, scale) for scale in data.crop_scales])
+            first = np.concatenate([resize_size(sizes, scale) for scale in data.crop_scales])
             low, high = np.minimum(data.crop_size[0], first).min(0), np.minimum(data.crop_size[1], first).max(0)
             crops = np.meshgrid(np.arange(low[0], high[0] + 1), np.arange(low[1], high[1] + 1))
             before.append(np.stack(crops, -1).reshape(-1, 2))
-        return np.concatenate([resized(b, scale, data.max_size) for b in before for scale in data.scales])
+        return np.concatenate([resize_size(b, scale, data.max_size) for b in before for scale in data.scales])
 
 
 class EvalSampler(_Sampler):
@@ -263,25 +263,25 @@ class EvalSampler(_Sampler):
     two_resizes = False
     """No image is resized twice: an argument of `resample`."""
 
-    def __init__(self, index: CocoIndex, data: DataConfig, batch_size: int):
+    def __init__(self, index: DatasetIndex, data: DataConfig, batch_size: int):
         super().__init__(index, data, batch_size)
         if data.eval_scale < 1:
             raise ValueError(f"data.eval_scale: got {data.eval_scale}, expected a size in pixels")
-        sizes = resized(index.sizes, data.eval_scale, data.max_size)
+        sizes = resize_size(index.sizes, data.eval_scale, data.max_size)
         if data.buckets is None:
-            canvases = derive_buckets(sizes, sizes.max(0))
+            buckets = derive_buckets(sizes, sizes.max(0))
         else:
-            canvases = check_buckets(data.buckets, sizes, f"a photo at data.eval_scale {data.eval_scale}")
-        self.canvases = tuple(canvases[i] for i in np.unique(smallest_bucket(canvases, sizes)))
-        self.only_flip = self._fills_canvas(sizes)
+            buckets = check_buckets(data.buckets, sizes, f"an image at data.eval_scale {data.eval_scale}")
+        self.buckets = tuple(buckets[i] for i in np.unique(smallest_bucket(buckets, sizes)))
+        self.only_flip = self._fills_bucket(sizes)
         """No image is resized: an argument of `resample`."""
         self._draw = self._uncropped(np.zeros(len(index), bool), sizes)
-        self._batches: list[tuple[Canvas, np.ndarray]] = []
-        bucket = smallest_bucket(self.canvases, sizes)
-        for i, canvas in enumerate(self.canvases):
-            members = np.flatnonzero(bucket == i)
+        self._batches: list[tuple[Bucket, np.ndarray]] = []
+        bucket_of = smallest_bucket(self.buckets, sizes)
+        for i, bucket in enumerate(self.buckets):
+            members = np.flatnonzero(bucket_of == i)
             rows = np.pad(members, (0, -len(members) % batch_size), constant_values=-1)
-            self._batches += [(canvas, batch) for batch in rows.reshape(-1, batch_size)]
+            self._batches += [(bucket, batch) for batch in rows.reshape(-1, batch_size)]
 
     def __len__(self) -> int:
         """Steps of the evaluation."""
@@ -289,5 +289,5 @@ class EvalSampler(_Sampler):
 
     def plan(self, step: int) -> BatchPlan:
         """The global batch of a step, from 0 to `len(self) - 1`."""
-        canvas, rows = self._batches[step]
-        return self._plan(canvas, rows, self._draw)
+        bucket, rows = self._batches[step]
+        return self._plan(bucket, rows, self._draw)

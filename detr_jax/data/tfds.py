@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from detr_jax.data.coco import CocoIndex, OnBad, Split, box_problem, index_boxes, raise_or_skip, skip_report
 from detr_jax.data.image import DataError, read_header
+from detr_jax.data.index import DatasetIndex, OnBad, Split, box_problem, index_boxes, raise_or_skip, skip_report
 
 _SPLITS = {"train": ("train",), "val": ("validation", "val")}
 
@@ -25,7 +25,7 @@ def load_tfds(
     on_bad_image: OnBad = "error",
     on_bad_annotation: OnBad = "error",
     category_ids: Sequence[int] | None = None,
-) -> CocoIndex:
+) -> DatasetIndex:
     """Reads the metadata of a prepared TFDS data set with features `image` and `objects` (`bbox`, `label`).
 
     `image/id` and `objects/is_crowd`, `objects/area` are used where they exist. Sizes are those of the stored images.
@@ -95,7 +95,7 @@ def load_tfds(
         raise DataError(f"data.tfds {name!r}: image/id: got an id twice, expected different ids")
     boxes, labels, report = index_boxes(image_ids, np.array(sizes, np.int32), entries)
     categories = [{"id": label, "name": text} for label, text in enumerate(names)]
-    return CocoIndex(
+    return DatasetIndex(
         image_ids=np.array(image_ids, np.int64),
         sizes=np.array(sizes, np.int32),
         boxes_xyxy=boxes,

@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def resized(sizes: np.ndarray, scale: np.ndarray | int, max_size: int | None = None) -> np.ndarray:
+def resize_size(sizes: np.ndarray, scale: np.ndarray | int, max_size: int | None = None) -> np.ndarray:
     """`get_size_with_aspect_ratio`.
 
     Args:
@@ -26,8 +26,8 @@ def resized(sizes: np.ndarray, scale: np.ndarray | int, max_size: int | None = N
     return np.where((short == scale)[..., None], sizes, result).astype(np.int32)
 
 
-def shrunk(sizes: np.ndarray, max_side: int) -> np.ndarray:
-    """Sizes [n, 2] of photos after those with a longer side than `max_side` are shrunk to it; int32 [n, 2]."""
+def shrink_size(sizes: np.ndarray, max_side: int) -> np.ndarray:
+    """Sizes [n, 2] of images after those with a longer side than `max_side` are shrunk to it; int32 [n, 2]."""
     long = sizes.max(-1, keepdims=True)
     smaller = np.maximum(np.rint(sizes * (max_side / long)), 1)
     return np.where(long > max_side, smaller, sizes).astype(np.int32)
@@ -40,11 +40,11 @@ def transform_boxes(
     crop: tuple[np.ndarray, np.ndarray] | None,
     size: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Flips, crops and normalises boxes, operation by operation as the official code does, in float32.
+    """Flips, crops and normalizes boxes, operation by operation as the official code does, in float32.
 
     Args:
-        boxes_xyxy: float32 [m, 4] pixels of the annotated photo.
-        orig_size: (h, w) of the annotated photo.
+        boxes_xyxy: float32 [m, 4] pixels of the annotated image.
+        orig_size: (h, w) of the annotated image.
         flip: horizontally.
         crop: (h, w) after the first resize, and (top, left, height, width) of the crop in it; or `None`.
         size: final (h, w).

@@ -88,7 +88,7 @@ class MSDeformAttn(nnx.Module):
 
         Args:
             query: `[b, q, c]`.
-            reference_points: `[b, q, l, 2]` (x, y) or `[b, q, l, 4]` (cx, cy, w, h), normalised by each level's map.
+            reference_points: `[b, q, l, 2]` (x, y) or `[b, q, l, 4]` (cx, cy, w, h), normalized by each level's map.
             tokens: `[b, s, c]`, levels one after another.
             spatial_shapes: (height, width) of each level.
             valid: `[b, s]`, False at padding, whose projected value counts as zero.

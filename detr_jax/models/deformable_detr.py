@@ -9,9 +9,20 @@ from flax import nnx
 
 from detr_jax.config import DeformableDETRConfig
 from detr_jax.models.attention import BlockOrder, MSDeformAttn, MultiHeadAttention, token_order
-from detr_jax.models.layers import MLP, Dropout, FeedForward, capture, inverse_sigmoid, layer_norm, linear
+from detr_jax.models.layers import (
+    MLP,
+    Conv,
+    Dropout,
+    FeedForward,
+    GroupNorm,
+    capture,
+    inverse_sigmoid,
+    layer_norm,
+    linear,
+)
+from detr_jax.models.padding import valid_cells, valid_nearest, zero_padding
 from detr_jax.models.position import sine_boxes, sine_map
-from detr_jax.models.resnet import Conv, GroupNorm, ResNet, masked, valid_cells, valid_nearest
+from detr_jax.models.resnet import ResNet
 
 
 class EncoderLayer(nnx.Module):
@@ -81,7 +92,7 @@ class Proposals(nnx.Module):
     def __call__(self, memory, valid, valid_maps, class_embed, bbox_embed):
         """Returns the proposals of all tokens (`enc_outputs`) and, for the best `q`, boxes, query position and target.
 
-        A token's proposal is its cell's centre with width and height 0.05 * 2^level; those that are not within
+        A token's proposal is its cell's center with width and height 0.05 * 2^level; those that are not within
         (0.01, 0.99) and those in the padding are out: their box is (1, 1, 1, 1), as sigmoid(inf) is in the official
         code. Here a large finite logit stands for inf, which has no NaN gradient.
         """
@@ -111,10 +122,10 @@ class DeformableDETR(nnx.Module):
     """Deformable transformers for end-to-end object detection.
 
     With `backbone.mask_padding` off (the published model), the padding leaks into the features near the image's edge,
-    as in `detr_jax.models.detr.DETR`, and into GroupNorm's statistics: the boxes of an image move with the canvas it is
+    as in `detr_jax.models.detr.DETR`, and into GroupNorm's statistics: the boxes of an image move with the bucket it is
     padded to, with random weights by up to 0.05 of the image's size (logits by 0.5) for an image of 90 x 118 pixels,
     and by 0.1 (0.7) for one of 400 x 500; with two-stage, proposals of similar score change places too. With it on,
-    boxes and logits do not depend on canvas and batch but for float32 noise. `tests/test_padding.py` holds both.
+    boxes and logits do not depend on bucket and batch but for float32 noise. `tests/test_padding.py` holds both.
     """
 
     def __init__(self, config: DeformableDETRConfig, *, rngs: nnx.Rngs):
@@ -137,10 +148,10 @@ class DeformableDETR(nnx.Module):
             self.reference_points = linear(c, 2, kernel_init=xavier, bias_init=zeros, rngs=rngs)
         # Separate heads a layer with refinement (one more for the proposals), one for all layers without.
         heads = config.decoder_layers + config.two_stage if config.box_refinement else 1
-        self.class_embed = nnx.List(class_head(c, config.num_classes, rngs=rngs) for _ in range(heads))
+        self.class_embed = nnx.List(make_class_embed(c, config.num_classes, rngs=rngs) for _ in range(heads))
         self.bbox_embed = nnx.List(
             # The first box of a query is small: e^-2 in w and h. Refined layers and proposals start from their anchor.
-            box_head(c, size_bias=-2.0 if i == 0 and not config.two_stage else 0.0, rngs=rngs)
+            make_bbox_embed(c, size_bias=-2.0 if i == 0 and not config.two_stage else 0.0, rngs=rngs)
             for i in range(heads)
         )
 
@@ -148,7 +159,7 @@ class DeformableDETR(nnx.Module):
         """Detect.
 
         Args:
-            images: `[b, H, W, 3]`, normalised with the ImageNet mean and standard deviation, zero in the padding.
+            images: `[b, H, W, 3]`, normalized with the ImageNet mean and standard deviation, zero in the padding.
             sizes: int `[b, 2]`, valid (height, width) of each image.
             rngs: random numbers for dropout; `None` switches it off.
 
@@ -209,9 +220,9 @@ class DeformableDETR(nnx.Module):
         spatial_shapes = shapes(valid_maps)
         valid = jnp.concatenate([v.reshape(len(v), -1) for v in valid_maps], 1)
         valid_ratios = jnp.stack([jnp.stack([v[:, 0].mean(-1), v[:, :, 0].mean(-1)], -1) for v in valid_maps], 1)
-        centres = jnp.concatenate([cell_boxes(v, 0.0)[..., :2] for v in valid_maps], 1)
-        reference_points = centres[:, :, None] * valid_ratios[:, None]
-        # On TPUs, tokens that are neighbours on the map are kept together from here to the decoder.
+        centers = jnp.concatenate([cell_boxes(v, 0.0)[..., :2] for v in valid_maps], 1)
+        reference_points = centers[:, :, None] * valid_ratios[:, None]
+        # On TPUs, tokens that are neighbors on the map are kept together from here to the decoder.
         order = token_order(self.config.implementation, spatial_shapes, self.config.encoder_points)
         if order:
             inputs = (tokens, position, reference_points, valid)
@@ -243,7 +254,7 @@ class DeformableDETR(nnx.Module):
             positions.append(position.reshape(tokens[-1].shape).astype(features.dtype))
             valid_maps.append(valid)
             if i >= len(maps):
-                source = masked(features, valid) if mask else features
+                source = zero_padding(features, valid) if mask else features
         return jnp.concatenate(tokens, 1), jnp.concatenate(positions, 1), valid_maps
 
 
@@ -262,7 +273,7 @@ def projections(config: DeformableDETRConfig, channels: Sequence[int]) -> list[t
 
 
 def cell_boxes(valid: jax.Array, size: float) -> jax.Array:
-    """Centre of each cell of a map, in 0-1 of its valid part, with that width and height: `[b, h * w, 4]`."""
+    """Center of each cell of a map, in 0-1 of its valid part, with that width and height: `[b, h * w, 4]`."""
     b, h, w = valid.shape
     x = (jnp.arange(w) + 0.5) / valid[:, 0].sum(-1, keepdims=True)
     y = (jnp.arange(h) + 0.5) / valid[:, :, 0].sum(-1, keepdims=True)
@@ -283,13 +294,13 @@ def deformable_attention(config: DeformableDETRConfig, num_points: int, *, rngs:
     )
 
 
-def class_head(features: int, num_classes: int, *, rngs: nnx.Rngs) -> nnx.Linear:
+def make_class_embed(features: int, num_classes: int, *, rngs: nnx.Rngs) -> nnx.Linear:
     """Class logits that start at a probability of 0.01 (focal loss paper, section 4.1)."""
     prior = nnx.initializers.constant(-math.log(99.0))
     return linear(features, num_classes, bias_init=prior, rngs=rngs)
 
 
-def box_head(features: int, *, size_bias: float, rngs: nnx.Rngs) -> MLP:
+def make_bbox_embed(features: int, *, size_bias: float, rngs: nnx.Rngs) -> MLP:
     """Box offsets that start at (0, 0, `size_bias`, `size_bias`)."""
     head = MLP(features, features, 4, 3, rngs=rngs)
     last = head.layers[-1]

@@ -7,8 +7,9 @@ from flax import nnx
 from detr_jax.config import DETRConfig
 from detr_jax.models.attention import MultiHeadAttention
 from detr_jax.models.layers import MLP, Dropout, FeedForward, capture, layer_norm, linear
+from detr_jax.models.padding import valid_cells, valid_nearest
 from detr_jax.models.position import LearnedMap, sine_map
-from detr_jax.models.resnet import ResNet, valid_cells, valid_nearest
+from detr_jax.models.resnet import ResNet
 
 
 class EncoderLayer(nnx.Module):
@@ -59,10 +60,10 @@ class DETR(nnx.Module):
     """End-to-end detection with transformers.
 
     With `backbone.mask_padding` off (the published model), the convolutions' zero padding meets the image's edge at a
-    place that depends on the canvas, and frozen BatchNorm writes its shift into the padding: the boxes of an image
-    move with the canvas it is padded to, and with random weights by up to 0.12 of the image's size (logits by 1.0) for
+    place that depends on the bucket, and frozen BatchNorm writes its shift into the padding: the boxes of an image
+    move with the bucket it is padded to, and with random weights by up to 0.12 of the image's size (logits by 1.0) for
     an image of 90 x 118 pixels and by 0.01 (0.25) for one of 400 x 500. With it on, boxes and logits do not depend on
-    canvas and batch but for float32 noise. `tests/test_padding.py` holds both.
+    bucket and batch but for float32 noise. `tests/test_padding.py` holds both.
     """
 
     def __init__(self, config: DETRConfig, *, rngs: nnx.Rngs):
@@ -83,7 +84,7 @@ class DETR(nnx.Module):
         """Detect.
 
         Args:
-            images: `[b, H, W, 3]`, normalised with the ImageNet mean and standard deviation, zero in the padding.
+            images: `[b, H, W, 3]`, normalized with the ImageNet mean and standard deviation, zero in the padding.
             sizes: int `[b, 2]`, valid (height, width) of each image.
             rngs: random numbers for dropout; `None` switches it off.
 

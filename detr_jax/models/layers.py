@@ -1,4 +1,4 @@
-"""Small building blocks with PyTorch's default initialisation, which the published recipes rely on."""
+"""Small building blocks with PyTorch's default initialization, which the published configs rely on."""
 
 import itertools
 
@@ -42,7 +42,7 @@ class Linear(nnx.Linear):
 
 
 def linear(in_features: int, out_features: int, *, kernel_init=None, bias_init=None, dtype=None, rngs: nnx.Rngs):
-    """A linear layer, initialised as `torch.nn.Linear` where nothing else is given."""
+    """A linear layer, initialized as `torch.nn.Linear` where nothing else is given."""
     default = torch_uniform(in_features)
     return Linear(
         in_features,
@@ -115,3 +115,100 @@ def capture(module: nnx.Module, name: str, value) -> None:
     """
     if hasattr(module, "__captures__"):
         module.sow(nnx.Intermediate, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+
+
+KAIMING = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+class Buffer(nnx.Variable):
+    """A constant of the model: saved with it, never trained."""
+
+
+class Conv(nnx.Module):
+    """Square convolution, NHWC, padded as torchvision's; a 1x1 runs as a matrix product on `[n, c]`."""
+
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        size: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        bias: bool = False,
+        kernel_init: jax.nn.initializers.Initializer = KAIMING,
+        dtype=None,
+        rngs: nnx.Rngs,
+    ):
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (size, size, n_in, n_out), jnp.float32))
+        self.bias = nnx.Param(nnx.initializers.zeros(rngs.params(), (n_out,), jnp.float32)) if bias else None
+        self.stride, self.dilation, self.dtype = stride, dilation, dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.kernel[...].astype(self.dtype)
+        x = x.astype(self.dtype)
+        size = kernel.shape[0]
+        if size == 1:
+            x = x[:, :: self.stride, :: self.stride]
+            x = (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:3], -1)
+        else:
+            pad = size // 2 * self.dilation
+            x = jax.lax.conv_general_dilated(
+                x,
+                kernel,
+                (self.stride, self.stride),
+                [(pad, pad), (pad, pad)],
+                rhs_dilation=(self.dilation, self.dilation),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+        return x if self.bias is None else x + self.bias[...].astype(x.dtype)
+
+
+class FrozenBatchNorm(nnx.Module):
+    """BatchNorm whose statistics and affine are constants."""
+
+    def __init__(self, features: int):
+        self.weight = Buffer(jnp.ones(features))
+        self.bias = Buffer(jnp.zeros(features))
+        self.mean = Buffer(jnp.zeros(features))
+        self.var = Buffer(jnp.ones(features))
+
+    def __call__(self, x: jax.Array, valid: jax.Array | None = None) -> jax.Array:
+        scale = self.weight[...] * jax.lax.rsqrt(self.var[...] + 1e-5)
+        shift = self.bias[...] - self.mean[...] * scale
+        return x * scale.astype(x.dtype) + shift.astype(x.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """GroupNorm over channels-last maps; with `valid [b, h, w]`, statistics of the valid pixels alone."""
+
+    def __init__(self, features: int, num_groups: int = 32):
+        self.scale = nnx.Param(jnp.ones(features))
+        self.bias = nnx.Param(jnp.zeros(features))
+        self.num_groups = num_groups
+
+    def __call__(self, x: jax.Array, valid: jax.Array | None = None) -> jax.Array:
+        b, h, w, c = x.shape
+        where = jnp.ones((b, h, w, 1), bool) if valid is None else valid[..., None]
+        count = where.sum((1, 2)) * (c // self.num_groups)
+
+        def group_mean(x):
+            # Pixels first, channels of a group after: reducing both at once is several times slower on a CPU.
+            pixels = x.sum((1, 2), where=None if valid is None else where)
+            groups = pixels.reshape(b, self.num_groups, -1).sum(-1) / count
+            return jnp.repeat(groups, c // self.num_groups, axis=1)[:, None, None]
+
+        centerd = x.astype(jnp.float32)
+        centerd -= group_mean(centerd)
+        scale = jax.lax.rsqrt(group_mean(jnp.square(centerd)) + 1e-5) * self.scale[...]
+        return (centerd * scale + self.bias[...]).astype(x.dtype)
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """3x3 maximum with stride 2 and padding 1; a maximum of slices, whose gradient is fast on a CPU."""
+    for axis in (1, 2):
+        n = x.shape[axis]
+        x = jnp.pad(x, [(1, 1) if i == axis else (0, 0) for i in range(4)], constant_values=-jnp.inf)
+        taps = [jax.lax.slice_in_dim(x, tap, tap + n, 2, axis) for tap in range(3)]
+        x = jnp.maximum(jnp.maximum(taps[0], taps[1]), taps[2])
+    return x

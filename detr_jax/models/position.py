@@ -17,7 +17,7 @@ def sine(x: jax.Array, features: int, temperature: float = 10000.0) -> jax.Array
 def sine_map(valid: jax.Array, features: int, *, half_pixel: bool) -> jax.Array:
     """2-d sine encoding over the valid part of a map: `valid [b, h, w]` -> `[b, h, w, features]`, y first.
 
-    `half_pixel` takes pixel centres before normalising, as Deformable DETR does and DETR does not.
+    `half_pixel` takes pixel centers before normalizing, as Deformable DETR does and DETR does not.
     """
 
     def axis(dim):
@@ -29,7 +29,7 @@ def sine_map(valid: jax.Array, features: int, *, half_pixel: bool) -> jax.Array:
 
 
 def sine_boxes(boxes: jax.Array, features: int) -> jax.Array:
-    """Sine encoding of normalised coordinates: `[..., 4]` -> `[..., 4 * features]` (two-stage queries)."""
+    """Sine encoding of normalized coordinates: `[..., 4]` -> `[..., 4 * features]` (two-stage queries)."""
     return sine(boxes * 2 * math.pi, features).reshape(*boxes.shape[:-1], -1)
 
 

@@ -1,0 +1,440 @@
+"""Weights in and out: what reads other implementations' checkpoints into our models, and writes them back.
+
+The names are in `key maps`. Nothing is left over in silence, either way.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from detr_jax.categories import Categories
+from detr_jax.checkpoints.files import Tensors, read_tensors
+from detr_jax.checkpoints.key_maps import (
+    HF_DEFORMABLE,
+    HF_DETR,
+    KEY_MAPS,
+    OFFICIAL_DEFORMABLE,
+    OFFICIAL_DETR,
+    TORCHVISION,
+    KeyMap,
+    compile_rows,
+    rename,
+)
+from detr_jax.config import BackboneConfig, DeformableDETRConfig, DETRConfig, ModelConfig
+from detr_jax.models import build
+from detr_jax.models.resnet import BLOCKS
+
+# Our leaves -> PyTorch's.
+_LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass
+class Pretrained:
+    """A model from a file."""
+
+    config: ModelConfig
+    model: nnx.Module
+    categories: Categories
+    report: str
+    """What was read, for people."""
+
+
+def load(path: str | Path, *, dilation: bool | None = None, num_heads: int | None = None) -> Pretrained:
+    """A detector from another implementation's checkpoint; the variant is inferred from the tensors.
+
+    Reads `.pth` and `.safetensors` files and folders of `transformers`: see `KEY_MAPS`. Two things leave no trace in
+    tensors; where the file does not tell them (`args` beside the official tensors, `config.json`), these arguments do:
+
+    Args:
+        path: file or folder.
+        dilation: DC5 or not; `None` takes what the file says, and else looks for "dc5" in its name.
+        num_heads: `None` takes what the file says, and else 8, as all the published models have.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a checkpoint of a detector that this project has; names the first tensors that do not fit.
+    """
+    tensors, facts = read_tensors(path)
+    key_map, found, notes = translate(tensors, str(path))
+    facts |= {k: v for k, v in {"dilation": dilation, "num_heads": num_heads}.items() if v is not None}
+    if "dilation" not in facts:
+        facts["dilation"] = "dc5" in Path(path).name.lower()
+        notes.append(f"DC5: {'yes' if facts['dilation'] else 'no'}, by the file's name (tensors do not tell)")
+    config = facts.get("config") or infer_config(found, facts)
+    model, more = assemble(config, found, str(path))
+    categories = facts.get("categories") or Categories.guess(config.num_classes)
+    notes = [f"{path}: {key_map.title}, {len(tensors)} tensors; {describe(config)}", *notes, *more]
+    return Pretrained(config, model, categories, "\n  ".join(notes))
+
+
+def translate(tensors: Tensors, what: str) -> tuple[KeyMap, Tensors, list[str]]:
+    """Tensors under our names with PyTorch's leaves, in PyTorch's layout; tensors stored several times only once.
+
+    Raises:
+        ValueError: no key_map has all the names; says which is nearest, and the first names that it lacks.
+    """
+    ignored = [name for name in tensors if name.endswith("num_batches_tracked")]
+    tensors = split_in_proj({name: tensor for name, tensor in tensors.items() if name not in ignored})
+    best: tuple[KeyMap, dict[str, str], list[str]] | None = None
+    for key_map in KEY_MAPS:
+        rows = compile_rows(key_map.rows)
+        names = {name: ours[0] for name in tensors if (ours := rename(name, rows))}
+        unknown = [name for name in tensors if name not in names]
+        if best is None or len(unknown) < len(best[2]):
+            best = key_map, names, unknown
+    assert best is not None
+    key_map, translated, unknown = best
+    if unknown or not tensors:
+        listed = "\n".join(f"  {name}: {list(tensors[name].shape)}" for name in unknown[:8])
+        raise ValueError(
+            f"{what}: not a checkpoint of DETR or Deformable DETR that is known here. Nearest: {key_map.title}, which "
+            f"has {len(translated)} of its {len(tensors)} tensors, but not\n{listed}\n"
+            "A ResNet alone goes to --train.init-backbone."
+        )
+    convs = {int(ours.split(".")[1]) for ours in translated.values() if re.match(r"input_proj\.\d", ours)}
+    found: Tensors = {}
+    for name, ours in translated.items():
+        extra = re.match(r"input_proj\.extra\.(\d+)\.", ours)
+        if extra:
+            ours = f"input_proj.{len(convs) + int(extra[1])}.{ours[extra.end() :]}"
+        if ours in found and not np.array_equal(found[ours], tensors[name]):
+            raise ValueError(f"{what}: {name} and another tensor both stand for {ours}, with different values")
+        found[ours] = tensors[name]
+    notes = []
+    if len(found) < len(tensors):
+        notes.append(f"{len(tensors) - len(found)} tensors are stored twice (shared heads)")
+    if ignored:
+        notes.append(f"{len(ignored)} ignored: BatchNorm's step counters")
+    # Without refinement, one head serves all layers, under as many names.
+    layers = sorted({int(name.split(".")[1]) for name in found if re.match(r"bbox_embed\.\d+\.layers", name)})
+    aliased = any("decoder.bbox_embed" in name for name in translated)
+    if len(layers) > 1 and not aliased and "proposals.output.weight" not in found and _tied(found, layers):
+        found = {k: v for k, v in found.items() if not re.match(r"(class|bbox)_embed\.[1-9]", k)}
+        notes.append("one head for all decoder layers, stored once a layer")
+    return key_map, found, notes
+
+
+def _tied(found: Tensors, layers: Sequence[int]) -> bool:
+    """Whether the heads of all layers are the same."""
+    heads = [name for name in found if re.match(r"(class|bbox)_embed\.0\.", name)]
+    pairs = ((name, re.sub(r"_embed\.0\.", f"_embed.{i}.", name)) for name in heads for i in layers)
+    return all(other not in found or np.array_equal(found[name], found[other]) for name, other in pairs)
+
+
+def split_in_proj(tensors: Tensors) -> Tensors:
+    """`in_proj_weight` and `in_proj_bias` of PyTorch's attention as those of query, key and value."""
+    result: Tensors = {}
+    for name, tensor in tensors.items():
+        whole = re.fullmatch(r"(.*\.)in_proj_(weight|bias)", name)
+        if whole:
+            parts = np.split(tensor, 3)
+            result |= {f"{whole[1]}{p}_proj.{whole[2]}": part for p, part in zip("qkv", parts, strict=True)}
+        else:
+            result[name] = tensor
+    return result
+
+
+def infer_config(found: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> ModelConfig:
+    """The model that tensors belong to.
+
+    Args:
+        found: tensors as `translate` gives them.
+        facts: what else is known: `dilation`, `num_heads` (8), `num_queries` of a two-stage model (300).
+    """
+
+    def count(pattern: str) -> int:
+        return 1 + max((int(m[1]) for name in found if (m := re.match(pattern, name))), default=-1)
+
+    bottleneck = any(re.search(r"stages\.\d\.\d+\.convs\.2", name) for name in found)
+    blocks = tuple(count(rf"backbone\.stages\.{s}\.(\d+)\.") for s in range(4))
+    depths = [d for d, b in BLOCKS.items() if b == blocks and (d >= 50) == bottleneck]
+    if not depths:
+        raise ValueError(f"a ResNet with {blocks} blocks in its stages, which is none of ResNet-{list(BLOCKS)}")
+    frozen = "backbone.stem_norm.running_mean" in found
+    backbone = BackboneConfig(
+        depth=depths[0],  # pyright: ignore[reportArgumentType]  (one of the four)
+        norm="frozen_batch" if frozen else "group",
+        dilation=bool(facts.get("dilation", False)),
+        freeze_at=2 if frozen else 0,
+    )
+    num_heads = int(facts.get("num_heads", 8))
+    common: dict[str, Any] = {
+        "backbone": backbone,
+        "num_heads": num_heads,
+        "hidden_dim": len(found["decoder.0.norm1.weight"]),
+        "encoder_layers": count(r"encoder\.(\d+)\."),
+        "decoder_layers": count(r"decoder\.(\d+)\."),
+        "ffn_dim": len(found["decoder.0.ffn.linear1.weight"]),
+    }
+    if "level_embed" not in found:
+        return DETRConfig(
+            **common,
+            num_classes=len(found["class_embed.weight"]) - 1,
+            num_queries=len(found["query_embed"]),
+            pre_norm="encoder_norm.weight" in found,
+            position="learned" if "position.row_embed" in found else "sine",
+        )
+    num_levels = len(found["level_embed"])
+    two_stage = "proposals.output.weight" in found
+    points = {
+        part: len(found[f"{part}.0.{attention}.attention_weights.bias"]) // (num_heads * num_levels)
+        for part, attention in (("encoder", "self_attn"), ("decoder", "cross_attn"))
+        if f"{part}.0.{attention}.attention_weights.bias" in found
+    }
+    return DeformableDETRConfig(
+        **common,
+        num_classes=len(found["class_embed.0.weight"]),
+        num_queries=int(facts.get("num_queries", 300)) if two_stage else len(found["query_embed"]),
+        num_levels=num_levels,
+        encoder_points=points.get("encoder", 4),
+        decoder_points=points["decoder"],
+        box_refinement=two_stage or count(r"bbox_embed\.(\d+)\.") > 1,
+        two_stage=two_stage,
+    )
+
+
+def describe(config: ModelConfig) -> str:
+    """A configuration in a line."""
+    backbone = f"ResNet-{config.backbone.depth}{' DC5' if config.backbone.dilation else ''}"
+    if isinstance(config, DETRConfig):
+        kind = "DETR"
+    else:
+        scale = "single-scale" if config.num_levels == 1 else f"{config.num_levels} levels"
+        steps = " + box refinement" * config.box_refinement + " + two-stage" * config.two_stage
+        kind = f"Deformable DETR, {scale}{steps}"
+    return (
+        f"{kind}, {backbone}, {config.hidden_dim} wide, {config.encoder_layers} + {config.decoder_layers} layers, "
+        f"{config.num_queries} queries, {config.num_classes} classes"
+    )
+
+
+def assemble(config: ModelConfig, found: Tensors, what: str) -> tuple[nnx.Module, list[str]]:
+    """The model of a configuration with tensors as `translate` gives them; every one is used, every one is there.
+
+    Raises:
+        ValueError: they do not fit; names the first that do not, with both shapes.
+    """
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))
+    unused, problems, notes, values = set(found), [], [], []
+    for path, leaf in nnx.to_flat_state(state):
+        name = canonical(path)
+        tensor = found.get(name)
+        if tensor is None and re.match(r"class_embed\.\d", name):
+            # transformers shares the class heads of a refined model, and stores the first.
+            tensor = found.get(re.sub(r"\d", "0", name, count=1))
+            notes += ["class heads of all layers: the first one's"] if name.endswith("1.bias") else []
+        if tensor is None and re.fullmatch(r"input_proj\.\d+\.conv\.bias", name):
+            tensor = np.zeros(leaf.shape, np.float32)
+            notes.append(f"{name}: not in the file, 0")
+        unused.discard(name)
+        if tensor is not None:
+            tensor = to_ours(tensor, len(leaf.shape), path[-1] == "kernel")
+        if tensor is None or tensor.shape != leaf.shape:
+            got = "missing" if tensor is None else f"{list(tensor.shape)} in our layout"
+            problems.append(f"  {name}: {got}, expected {list(leaf.shape)}")
+            continue
+        values.append((path, leaf.replace(jnp.asarray(tensor))))
+    problems += [f"  {name}: {list(found[name].shape)}, not expected" for name in sorted(unused)]
+    if problems:
+        raise ValueError(f"{what}: {len(problems)} tensors do not fit {describe(config)}:\n" + "\n".join(problems[:8]))
+    return nnx.merge(graphdef, nnx.from_flat_state(values)), notes
+
+
+def canonical(path: Sequence[Any]) -> str:
+    """Our path with PyTorch's leaf: `("encoder", 0, "norm1", "scale")` -> `encoder.0.norm1.weight`."""
+    *modules, leaf = map(str, path)
+    return ".".join([*modules, _LEAVES.get(leaf, leaf)])
+
+
+def to_ours(tensor: np.ndarray, ndim: int, kernel: bool) -> np.ndarray:
+    """PyTorch's layout -> ours: `[out, in]` -> `[in, out]`, `[out, in, h, w]` -> `[h, w, in, out]`."""
+    if not kernel:
+        return tensor
+    if tensor.ndim == 4 and ndim == 2:  # a 1x1 convolution that is a matrix here
+        tensor = tensor[:, :, 0, 0]
+    return tensor.T if tensor.ndim == 2 else tensor.transpose(2, 3, 1, 0)
+
+
+def to_theirs(tensor: np.ndarray, name: str, kernel: bool) -> np.ndarray:
+    """Our layout -> PyTorch's; DETR's `input_proj`, a matrix here, is a 1x1 convolution there."""
+    if not kernel:
+        return tensor
+    tensor = tensor.T if tensor.ndim == 2 else tensor.transpose(3, 2, 0, 1)
+    return tensor[:, :, None, None] if name == "input_proj.weight" and tensor.ndim == 2 else tensor
+
+
+def load_backbone(path: str, params: Mapping[str, Any], buffers: Mapping[str, Any]) -> tuple[dict, dict]:
+    """`params` and `buffers` of a detector with its backbone taken from torchvision's ResNet weights in `path`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file's tensors are not those of this backbone; names the first that do not fit.
+    """
+    if "mean" not in buffers.get("backbone", {}).get("stem_norm", {}):
+        raise ValueError(f"{path}: torchvision's weights are for model.backbone.norm='frozen_batch', got 'group'")
+    tensors, _ = read_tensors(path)
+    # The classifier and BatchNorm's step counters have no place in a detector.
+    unused = {name for name in tensors if not name.startswith("fc.") and not name.endswith("num_batches_tracked")}
+    rows = compile_rows((ours, theirs) for theirs, ours in TORCHVISION)
+    problems = []
+
+    def replace(location, leaf):
+        path = [part.key for part in location[1:]]
+        if path[0] != "backbone":
+            return leaf
+        name = rename(canonical(path[1:]), rows)[0]
+        unused.discard(name)
+        tensor = to_ours(tensors[name], leaf.ndim, path[-1] == "kernel") if name in tensors else None
+        if tensor is None or tensor.shape != leaf.shape:
+            got = "missing" if tensor is None else f"{list(tensor.shape)} in our layout"
+            problems.append(f"  {name}: {got}, expected {list(leaf.shape)}")
+            return leaf
+        return jax.device_put(jnp.asarray(tensor, leaf.dtype), leaf.sharding)
+
+    loaded = jax.tree_util.tree_map_with_path(replace, (dict(params), dict(buffers)))
+    problems += [f"  {name}: {list(tensors[name].shape)}, not expected" for name in sorted(unused)]
+    if problems:
+        raise ValueError(
+            f"{path}: {len(problems)} tensors do not fit the backbone:\n" + "\n".join(problems[:8]) + "\n"
+            "Is it torchvision's file for the ResNet of model.backbone.depth?"
+        )
+    return loaded
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+def save(path: str | Path, model: nnx.Module, config: ModelConfig, categories: Categories) -> None:
+    """Writes a model for other implementations; float32, exact.
+
+    A path that ends in `.safetensors` gets the official code's names (what `load_state_dict` there expects), and beside
+    the tensors the configuration, so that reading it back needs no guess. Any other path becomes a folder of
+    `transformers`: `config.json` and `model.safetensors`, for `from_pretrained`.
+
+    Raises:
+        ValueError: the model has no counterpart there.
+    """
+    from safetensors.numpy import save_file
+
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        key_map = OFFICIAL_DETR if isinstance(config, DETRConfig) else OFFICIAL_DEFORMABLE
+        file = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+    else:
+        key_map = HF_DETR if isinstance(config, DETRConfig) else HF_DEFORMABLE
+        file = path / "model.safetensors"
+        text = json.dumps(transformers_config(config, categories), indent=2)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "config.json").write_text(text)
+    facts = {
+        "model": type(config).__name__,
+        "config": dataclasses.asdict(config),
+        "category_ids": categories.ids,
+        "category_names": categories.names,
+    }
+    tensors = export(model, config, key_map)
+    save_file(
+        {name: np.ascontiguousarray(t) for name, t in tensors.items()},
+        file,
+        {"format": "pt", "detr_jax": json.dumps(facts)},
+    )
+
+
+def export(model: nnx.Module, config: ModelConfig, key_map: KeyMap) -> Tensors:
+    """A model's tensors under the names, and in the layout, of an official or `transformers` key_map."""
+    rows = compile_rows(tuple((ours, theirs) for theirs, ours in key_map.rows))
+    result: Tensors = {}
+    for path, leaf in nnx.to_flat_state(nnx.state(model)):
+        name = canonical(path)
+        tensor = to_theirs(np.asarray(leaf[...], np.float32), name, path[-1] == "kernel")
+        names = [name]
+        if isinstance(config, DeformableDETRConfig) and not config.box_refinement and "_embed.0." in name:
+            names = [name.replace("_embed.0.", f"_embed.{i}.") for i in range(config.decoder_layers)]
+        for alias in names:
+            translations = [t for t in rename(alias, rows) if _stored(t, config)]
+            primary = translations[:1] + [t for t in translations[1:] if ".decoder." in t and "_embed." in t]
+            if not primary:
+                raise ValueError(f"{key_map.title} has no name for {name}")
+            result |= dict.fromkeys(primary, tensor)
+    return fused(result) if key_map in (OFFICIAL_DETR, OFFICIAL_DEFORMABLE) else result
+
+
+def _stored(name: str, config: ModelConfig) -> bool:
+    """Whether a checkpoint of theirs holds this name: the decoder shares the heads only where it uses them."""
+    if not isinstance(config, DeformableDETRConfig) or not re.search(r"\bdecoder\.(class|bbox)_embed\.", name):
+        return True
+    return config.two_stage if ".class_embed." in name else config.box_refinement
+
+
+def fused(tensors: Tensors) -> Tensors:
+    """The inverse of `split_in_proj`."""
+    result: Tensors = {}
+    for name, tensor in tensors.items():
+        part = re.fullmatch(r"(.*\.)([qkv])_proj\.(weight|bias)", name)
+        if part is None:
+            result[name] = tensor
+        elif part[2] == "q":
+            names = (f"{part[1]}{p}_proj.{part[3]}" for p in "qkv")
+            result[f"{part[1]}in_proj_{part[3]}"] = np.concatenate([tensors[n] for n in names])
+    return result
+
+
+def transformers_config(config: ModelConfig, categories: Categories) -> dict[str, Any]:
+    """`config.json` of `transformers` for a model.
+
+    Raises:
+        ValueError: its ResNet has no DC5 and no GroupNorm, its DETR no pre-norm.
+    """
+    lacking = {
+        "backbone.dilation": config.backbone.dilation,
+        "backbone.norm='group'": config.backbone.norm == "group",
+        "pre_norm": getattr(config, "pre_norm", False),
+    }
+    if any(lacking.values()):
+        names = ", ".join(name for name, lacks in lacking.items() if lacks)
+        raise ValueError(f"transformers has no {names}: write a .safetensors file, with the official names, instead")
+    bottleneck = config.backbone.depth >= 50
+    deformable = isinstance(config, DeformableDETRConfig)
+    stages = ["stage4"] if not deformable or config.num_levels == 1 else ["stage2", "stage3", "stage4"]
+    result: dict[str, Any] = {
+        "architectures": ["DeformableDetrForObjectDetection" if deformable else "DetrForObjectDetection"],
+        "model_type": "deformable_detr" if deformable else "detr",
+        "use_timm_backbone": False,
+        "use_pretrained_backbone": False,
+        "backbone": None,
+        "backbone_config": {
+            "model_type": "resnet",
+            "hidden_sizes": [(256 if bottleneck else 64) * 2**i for i in range(4)],
+            "depths": list(BLOCKS[config.backbone.depth]),
+            "layer_type": "bottleneck" if bottleneck else "basic",
+            "out_features": stages,
+        },
+        "d_model": config.hidden_dim,
+        "num_queries": config.num_queries,
+        "dropout": config.dropout,
+        "id2label": {str(i): name for i, name in enumerate(categories.names)},
+        "label2id": {name: i for i, name in enumerate(categories.names)},
+    }
+    for part, layers in (("encoder", config.encoder_layers), ("decoder", config.decoder_layers)):
+        result |= {f"{part}_layers": layers, f"{part}_ffn_dim": config.ffn_dim}
+        result[f"{part}_attention_heads"] = config.num_heads
+    if isinstance(config, DeformableDETRConfig):
+        result |= {
+            "num_feature_levels": config.num_levels,
+            "encoder_n_points": config.encoder_points,
+            "decoder_n_points": config.decoder_points,
+            "with_box_refine": config.box_refinement,
+            "two_stage": config.two_stage,
+            "two_stage_num_proposals": config.num_queries,
+        }
+    else:
+        result["position_embedding_type"] = config.position
+    return result

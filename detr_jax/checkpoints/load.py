@@ -1,0 +1,171 @@
+"""Any checkpoint -> a model: of this project, official, `transformers`, detrex or mmdetection."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import numpy as np
+from flax import nnx
+
+from detr_jax import sharding
+from detr_jax.categories import Categories
+from detr_jax.checkpoints import convert
+from detr_jax.config import Config, DataConfig, DETRConfig, LossConfig, ModelConfig, from_dict
+from detr_jax.models import build
+from detr_jax.models.trainable import split
+
+if TYPE_CHECKING:
+    from detr_jax.checkpoints import store
+
+
+@dataclasses.dataclass
+class Loaded:
+    """A detector's model, from any checkpoint, with what detecting takes besides."""
+
+    config: ModelConfig
+    model: nnx.Module
+    categories: Categories
+    classification: Literal["focal", "softmax"]
+    scale: int
+    """Images' shorter side is resized to this, in pixels."""
+    max_size: int
+    """... unless the longer one would become longer than this."""
+    report: str
+    """What was read, for people."""
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes a checkpoint of this project, for `load`, `eval.py` and `--init-from`."""
+        from detr_jax.checkpoints import store
+
+        _, params, buffers = split(self.config, self.model)
+        loss = LossConfig.detr() if self.classification == "softmax" else LossConfig()
+        config = Config(self.config, loss, DataConfig(eval_scale=self.scale, max_size=self.max_size))
+        with store.CheckpointWriter(str(Path(directory) / "checkpoints")) as writer:
+            writer.save(0, {"params": params, "buffers": buffers}, describe_run(config, self.categories))
+
+
+def describe_run(config: Config, categories: Categories) -> dict[str, Any]:
+    """The metadata of a checkpoint: the config, and what the labels stand for."""
+    return {
+        "config": dataclasses.asdict(config),
+        "model": type(config.model).__name__,
+        "category_ids": list(categories.ids),
+        "category_names": list(categories.names),
+    }
+
+
+def load(path: str | os.PathLike[str], **facts: Any) -> Loaded:
+    """Reads a checkpoint of this project (a run's folder), or of another implementation: see `convert.load`.
+
+    Args:
+        path: file or folder.
+        facts: `dilation` and `num_heads`, for files that do not tell.
+
+    Raises:
+        FileNotFoundError: no such file or folder.
+        ValueError: it does not fit a detector that this project has; says what does not.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such file or folder; expected a checkpoint")
+    if not is_ours(path):
+        found = convert.load(Path(path), **facts)
+        classification = "softmax" if isinstance(found.config, DETRConfig) else "focal"
+        return Loaded(found.config, found.model, found.categories, classification, 800, 1333, found.report)
+    from detr_jax.checkpoints import store
+
+    step = store.best_or_latest(str(path))
+    saved = store.read_metadata(str(path), step)
+    config = from_dict(saved["config"], saved["model"])
+    with jax.set_mesh(mesh := sharding.make_mesh(1)):
+        model = nnx.merge(*restore_model(str(path), step, config, mesh))
+    categories = Categories(tuple(saved["category_ids"]), tuple(saved["category_names"]))
+    report = f"{path}: step {saved['step']} of this project; {convert.describe(config.model)}"
+    data = config.data
+    return Loaded(config.model, model, categories, config.loss.classification, data.eval_scale, data.max_size, report)
+
+
+def is_ours(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a checkpoint, or a folder of checkpoints, that training here wrote."""
+    from detr_jax.checkpoints import store
+
+    path = Path(path)
+    marks = (path / "checkpoints").is_dir() or (path / "_CHECKPOINT_METADATA").exists()
+    return path.is_dir() and (marks or bool(store.steps(str(path))))
+
+
+def initialize_from(
+    path: str | os.PathLike[str], config: ModelConfig, categories: Categories, params: dict, buffers: dict
+) -> tuple[dict, dict, str]:
+    """Parameters and buffers of a new model, taken from a checkpoint; the class heads only if it has the same classes.
+
+    Adapters (`config.tune`) that the checkpoint does not have start anew.
+
+    Args:
+        path: of the checkpoint; see `load`.
+        config: of the new model.
+        categories: of the data to train on.
+        params: of the new model, as `models.split` gives them.
+        buffers: of the new model.
+
+    Returns:
+        The same structures, laid out on the same devices, and a report of what was loaded and what was not.
+
+    Raises:
+        ValueError: the models differ in more than their classes; says in which fields.
+    """
+    source = load(path, dilation=config.backbone.dilation, num_heads=config.num_heads)
+    same_classes = source.config.num_classes == config.num_classes and source.categories.ids == categories.ids
+    theirs = {tuple(leaf_path): leaf for leaf_path, leaf in nnx.to_flat_state(nnx.state(source.model))}
+    loaded, anew, problems = 0, [], []
+
+    def replace(location, leaf):
+        nonlocal loaded
+        keys = tuple(part.key for part in location[1:])
+        found = theirs.pop(keys, None)
+        if (keys[0] == "class_embed" and not same_classes) or (found is None and "lora" in keys):
+            anew.append(".".join(map(str, keys)))
+            return leaf
+        if found is None or found.shape != leaf.shape:
+            got = "missing" if found is None else list(found.shape)
+            problems.append(f"  {'.'.join(map(str, keys))}: {got}, expected {list(leaf.shape)}")
+            return leaf
+        loaded += 1
+        return jax.device_put(np.asarray(found[...], leaf.dtype), leaf.sharding)
+
+    new_params, new_buffers = jax.tree_util.tree_map_with_path(replace, (params, buffers))
+    problems += [f"  {'.'.join(map(str, keys))}: {list(leaf.shape)}, not expected" for keys, leaf in theirs.items()]
+    if problems:
+        fields = (
+            field.name for field in dataclasses.fields(config) if field.name not in ("num_classes", "dropout", "tune")
+        )
+        differ = [
+            f"  model.{name}: {getattr(source.config, name, 'none')} in the file, {getattr(config, name)} here"
+            for name in fields
+            if getattr(source.config, name, None) != getattr(config, name)
+        ]
+        raise ValueError(
+            f"train.init_from={path} is another model than the configuration's: "
+            f"{convert.describe(source.config)}.\n" + "\n".join(differ + problems[:8])
+        )
+    report = [source.report, f"  loaded {loaded} tensors, initialized anew: {', '.join(sorted(anew)) or 'none'}"]
+    return new_params, new_buffers, "\n".join(report)
+
+
+def restore_model(
+    directory: str, step: "store.Step", config: Config, mesh: jax.sharding.Mesh
+) -> tuple[nnx.GraphDef, dict, dict]:
+    """Graph, parameters (their moving average where there is one) and buffers of a checkpoint, on every device."""
+    from detr_jax.checkpoints import store
+
+    saved = store.read_metadata(directory, step)
+    model = nnx.eval_shape(lambda: build(config.model, rngs=nnx.Rngs(0)))
+    graphdef, params, buffers = split(config.model, model)
+    trained = "ema" if "ema" in saved["entries"] else "params"
+
+    def place(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh))
+
+    state = store.restore(directory, jax.tree.map(place, {trained: params, "buffers": buffers}), step)
+    return graphdef, state[trained], state["buffers"]

@@ -1,0 +1,149 @@
+"""The training step and the detection step: pure functions of a state and a batch, each compiled once per bucket.
+
+Everything that a step does is a pure function of the config, the step number and the state: the sampler draws the batch
+from (seed, step), dropout's key is folded from them. So a run that was killed and resumed gives the same numbers as one
+that was not.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from detr_jax import sharding
+from detr_jax.categories import Categories
+from detr_jax.checkpoints.convert import load_backbone
+from detr_jax.checkpoints.load import initialize_from
+from detr_jax.config import Config, OptimConfig
+from detr_jax.data.resample import resample_batch
+from detr_jax.data.sampler import EvalSampler, TrainSampler
+from detr_jax.losses import set_prediction_loss
+from detr_jax.models import build
+from detr_jax.models.trainable import split
+from detr_jax.postprocess import postprocess
+
+Model = nnx.GraphDef
+
+
+State = dict[str, Any]
+"""`params` (trained), `buffers` (the rest of the model), `opt_state`, `step` and, with EMA, `ema`."""
+
+
+def schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
+    """Learning rate of a step, relative to the base rate: linear warm-up, constant, one drop."""
+    drop_step = round(config.drop_at * total_steps)
+
+    def factor(step):
+        warmup = jnp.minimum(1.0, (step + 1) / (config.warmup_steps + 1))
+        return warmup * jnp.where(step < drop_step, 1.0, config.drop_factor)
+
+    return factor
+
+
+def lr_group(path: tuple) -> str:
+    """Learning-rate group of the parameter at `path`: `backbone`, `offsets` or `base`."""
+    names = {str(getattr(part, "key", part)) for part in path}
+    if "backbone" in names:
+        return "backbone"
+    return "offsets" if names & {"sampling_offsets", "reference_points"} else "base"
+
+
+def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTransformation:
+    """AdamW with the paper's groups, after clipping by the global norm."""
+    factor = schedule(config, total_steps)
+
+    def adamw(relative):
+        return optax.adamw(lambda step: config.lr * relative * factor(step), weight_decay=config.weight_decay)
+
+    groups = {"base": 1.0, "backbone": config.backbone_lr_factor, "offsets": config.offsets_lr_factor}
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.partition(
+            {name: adamw(relative) for name, relative in groups.items()},
+            functools.partial(jax.tree_util.tree_map_with_path, lambda path, _: lr_group(path)),
+        ),
+    )
+
+
+def init_state(
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    categories: Categories | None = None,
+) -> tuple[Model, State]:
+    """A newly initialized model and state, the same on every device.
+
+    With `categories`, those of the data, it starts from the checkpoint of `train.init_from`, if any.
+    """
+    graphdef = None
+
+    def init():
+        nonlocal graphdef
+        model = build(config.model, rngs=nnx.Rngs(config.train.seed))
+        graphdef, params, buffers = split(config.model, model)
+        return {"params": params, "buffers": buffers, "opt_state": optimizer.init(params), "step": jnp.zeros((), int)}
+
+    state = jax.jit(init, out_shardings=sharding.replicated(mesh))()
+    assert graphdef is not None
+    if config.train.init_backbone:
+        state["params"], state["buffers"] = load_backbone(config.train.init_backbone, state["params"], state["buffers"])
+    if config.train.init_from and categories is not None:
+        state["params"], state["buffers"], report = initialize_from(
+            config.train.init_from, config.model, categories, state["params"], state["buffers"]
+        )
+        if jax.process_index() == 0:
+            print(report, flush=True)
+    if config.optim.ema_decay:
+        state["ema"] = jax.tree.map(jnp.copy, state["params"])
+    return graphdef, state
+
+
+def loss_fn(
+    params: dict, buffers: dict, batch: Mapping[str, jax.Array], graphdef: Model, config: Config, *, pixels, key
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Loss of a batch and its terms; `pixels` are the resampled images, `key` draws dropout (`None`: none)."""
+    model = nnx.merge(graphdef, params, buffers)
+    outputs = model(pixels, batch["size"], rngs=None if key is None else nnx.Rngs(key))
+    return set_prediction_loss(outputs, batch, config.loss)
+
+
+def make_train_step(
+    config: Config, graphdef: Model, optimizer: optax.GradientTransformation, sampler: TrainSampler
+) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
+    """`step(state, batch, bucket=(H, W))` -> next state and terms; compiled once per bucket, donates `state`."""
+
+    def step(state: State, batch: dict[str, jax.Array], *, bucket: tuple[int, int]):
+        pixels = resample_batch(batch, bucket, sampler, config.data)
+        key = jax.random.fold_in(jax.random.key(config.train.seed), state["step"])
+        loss = functools.partial(loss_fn, graphdef=graphdef, config=config, pixels=pixels, key=key)
+        (total, terms), grads = jax.value_and_grad(loss, has_aux=True)(state["params"], state["buffers"], batch)
+        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        new = state | {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
+        if config.optim.ema_decay:
+            # Early on, the mean of all parameters so far: an average that has forgotten the initialization.
+            decay = jnp.minimum(config.optim.ema_decay, (1 + state["step"]) / (10 + state["step"]))
+            new["ema"] = optax.incremental_update(params, state["ema"], 1 - decay)
+        return new, terms | {"loss": total, "grad_norm": optax.tree.norm(grads)}
+
+    return jax.jit(step, donate_argnums=0, static_argnames="bucket")
+
+
+def make_detect_step(
+    config: Config, graphdef: Model, sampler: EvalSampler
+) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
+    """`detect(params, buffers, batch, bucket=(H, W))` -> scores, labels, boxes as `postprocess` gives them.
+
+    Compiled once per bucket: build it once per run, however often the run is evaluated.
+    """
+
+    def detect(params: dict, buffers: dict, batch: dict[str, jax.Array], *, bucket: tuple[int, int]):
+        model = nnx.merge(graphdef, params, buffers)
+        outputs = model(resample_batch(batch, bucket, sampler, config.data), batch["size"])
+        return postprocess(outputs, batch["orig_size"], classification=config.loss.classification)
+
+    return jax.jit(detect, static_argnames="bucket")
