@@ -29,7 +29,8 @@ ALLOWED = {
     "metric_writer": {"evaluation"},
     "curves": {"metric_writer"},
     "training": {
-        "config", "categories", "checkpoints", "curves", "data", "evaluation", "metric_writer", "sharding", "train_step",
+        "config", "categories", "checkpoints", "curves", "data", "evaluation", "metric_writer", "sharding",
+        "train_step",
     },
     "export_standalone": set(),
     "export": {"checkpoints", "config", "data", "export_standalone", "models", "postprocess"},
