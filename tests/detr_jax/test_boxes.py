@@ -11,6 +11,7 @@ from detr_jax.boxes import (
     cxcywh_to_xyxy,
     generalized_box_iou,
     xyxy_to_cxcywh,
+    xyxy_to_xywh,
 )
 
 jit_iou, jit_giou = jax.jit(box_iou), jax.jit(generalized_box_iou)
@@ -125,3 +126,14 @@ def test_gradient_equals_finite_differences():
     up, down = (np.diagonal(loop_iou_and_giou(a.astype(np.float64) + s, b)[1]) for s in (step, -step))
     # Slopes of up to 1 / 0.05 in float32.
     np.testing.assert_allclose(slope, (up - down) / 2e-6, atol=5e-4, rtol=1e-4)
+
+
+def test_numpy_arrays_stay_numpy():
+    """Figures and surgery compare boxes on the host; the definition is the same."""
+    a = np.array([[0, 0, 10, 10], [5, 5, 9, 9]], np.float32)
+    b = np.array([[0, 0, 10, 9], [20, 20, 30, 30]], np.float32)
+    found = box_iou(a, b)
+    assert isinstance(found, np.ndarray)
+    np.testing.assert_allclose(found, box_iou(jnp.asarray(a), jnp.asarray(b)), rtol=1e-6)
+    np.testing.assert_allclose(found[0], [0.9, 0], atol=1e-6)
+    np.testing.assert_array_equal(xyxy_to_xywh(a), [[0, 0, 10, 10], [5, 5, 4, 4]])

@@ -9,21 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from captured_models import DETR, functions, noisy
 from flax import nnx
 
-from detr_jax.config import BackboneConfig, DETRConfig
-from detr_jax.models import attention, build, deformable_detr, detr
+from detr_jax.models import attention, deformable_detr, detr
 
 DEFORMABLE = tiny.config().model
-DETR = DETRConfig(
-    backbone=BackboneConfig(depth=18, norm="group", freeze_at=0),
-    hidden_dim=32,
-    num_heads=4,
-    encoder_layers=1,
-    decoder_layers=2,
-    ffn_dim=64,
-    num_queries=10,
-)
 MODELS = [DEFORMABLE, dataclasses.replace(DEFORMABLE, box_refinement=False, two_stage=False), DETR]
 NAMES = ["two-stage", "one-stage", "detr"]
 
@@ -31,37 +22,6 @@ NAMES = ["two-stage", "one-stage", "detr"]
 def inputs():
     images = jax.random.normal(jax.random.key(0), (2, 64, 96, 3))
     return images, jnp.array([[64, 80], [48, 96]])
-
-
-def noisy(model, scale=0.1):
-    """Adds noise to every parameter: the initial sampling offsets and attention weights hardly depend on the input."""
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    leaves = [x + scale * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
-    return nnx.merge(graphdef, jax.tree.unflatten(tree, leaves), rest)
-
-
-@functools.cache
-def functions(config):
-    """The model's state, and it as jitted functions of that and its inputs: plain, and with what was captured."""
-    graphdef = None
-
-    def init():
-        nonlocal graphdef
-        graphdef, state = nnx.split(noisy(build(config, rngs=nnx.Rngs(0))))
-        return state
-
-    state = jax.jit(init)()
-
-    def plain(state, images, sizes):
-        return nnx.merge(graphdef, state)(images, sizes)
-
-    def captured(state, images, sizes):
-        outputs, found = nnx.capture(nnx.merge(graphdef, state), nnx.Intermediate)(images, sizes)
-        return outputs, nnx.to_pure_dict(found)
-
-    return state, plain, captured
 
 
 def softmax(x):

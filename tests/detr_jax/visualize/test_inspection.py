@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from captured_models import DETR, functions
 from flax import nnx
-from test_capture import DETR, functions
 
 from detr_jax.categories import Categories
 from detr_jax.checkpoints.load import Loaded

@@ -10,7 +10,7 @@ from detr_jax import visualize
 from detr_jax.config import DataConfig
 from detr_jax.data.splits import load_split
 from detr_jax.evaluation import Scores
-from detr_jax.visualize.mistakes import Found, image_mistakes, ious
+from detr_jax.visualize.mistakes import Found, image_mistakes
 
 TRUTH = np.array([[0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10], [60, 0, 70, 10]], np.float32)
 LABELS = np.array([0, 0, 1, 1])
@@ -68,10 +68,6 @@ def test_nothing_to_find_and_nothing_found():
     kinds = [error.kind for error in image_mistakes(0, TRUTH[:0], LABELS[:0], FOUND)]
     assert kinds == ["nothing there"] * 5
     assert image_mistakes(0, TRUTH, LABELS, Found(TRUTH, LABELS, np.ones(4))) == []
-
-
-def test_overlap():
-    np.testing.assert_allclose(ious(TRUTH[:1], BOXES[:3]), [[1, 90 / 110, 0]])
 
 
 def test_figure_of_errors(index):
