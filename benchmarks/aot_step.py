@@ -8,7 +8,7 @@ on two cores.
     JAX_PLATFORMS=cpu python benchmarks/aot_step.py
 
 Memory is what the compiler allocates. Milliseconds are XLA's estimates, and bundles of kernels and gathers, at an
-assumed clock (`pallas_kernels.ms_deform_attn.ahead_of_time` says what that leaves out): sorts, and waiting. The
+assumed clock (`pallas_kernels.ahead_of_time` says what that leaves out): sorts, and waiting. The
 matching's loops, whose length depends on the data, count once. Gathers and kernels are the attention's, of layers that
 are compiled once more, each for itself. The kernels' share assumes offsets that spread by 2 pixels.
 """
@@ -32,7 +32,7 @@ from detr_jax.data.pipeline import batches
 from detr_jax.data.sampler import TrainSampler
 from detr_jax.data.splits import load_split
 from detr_jax.train_step import init_state, make_optimizer, make_train_step
-from pallas_kernels.ms_deform_attn import ahead_of_time
+from pallas_kernels import ahead_of_time
 from pallas_kernels.ms_deform_attn.bench import static_costs, visits
 from pallas_kernels.ms_deform_attn.shapes import Shape
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import block_order, ms_deform_attn
-from pallas_kernels.ms_deform_attn import ahead_of_time, bench
+from pallas_kernels import ahead_of_time, block_order, ms_deform_attn
+from pallas_kernels.ms_deform_attn import bench
 from pallas_kernels.ms_deform_attn.shapes import COCO_WIDE, SMALL
 
 SQUARE = ((167, 167), (84, 84), (42, 42), (21, 21))  # 1333 x 1333
@@ -101,7 +101,7 @@ def test_missing_bundles_say_what_to_do(tmp_path):
 
 def test_missing_libtpu_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
-    with pytest.raises(ImportError, match="pip install 'libtpu"):
+    with pytest.raises(ImportError, match="pip install 'jax\\[tpu"):
         ahead_of_time.require_libtpu()
 
 

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import tpu_sc as plsc
 from sparsecore_interpreter import sparsecore_interpreter
 
-from pallas_kernels.ms_deform_attn import ahead_of_time
+from pallas_kernels import ahead_of_time
 from pallas_kernels.ms_deform_attn.reference import ms_deform_attn_reference
 from pallas_kernels.ms_deform_attn.shapes import SHAPES
 from pallas_kernels.ms_deform_attn.sparsecore import Split, ms_deform_attn_sparsecore, sparse_core

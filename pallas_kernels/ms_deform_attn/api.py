@@ -11,7 +11,8 @@ from pallas_kernels.ms_deform_attn.gpu import ms_deform_attn_gpu
 from pallas_kernels.ms_deform_attn.order import block_order
 from pallas_kernels.ms_deform_attn.reference import ms_deform_attn_reference
 from pallas_kernels.ms_deform_attn.sparsecore import ms_deform_attn_sparsecore
-from pallas_kernels.ms_deform_attn.tensorcore import ms_deform_attn_tensorcore, too_large
+from pallas_kernels.ms_deform_attn.tensorcore import ms_deform_attn_tensorcore
+from pallas_kernels.ms_deform_attn.tensorcore_walk import too_large
 from pallas_kernels.ms_deform_attn.xla import ms_deform_attn_xla
 
 IMPLEMENTATIONS = {

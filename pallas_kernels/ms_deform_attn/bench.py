@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.ms_deform_attn import ahead_of_time
+from pallas_kernels import ahead_of_time
 from pallas_kernels.ms_deform_attn.api import IMPLEMENTATIONS, ms_deform_attn
 from pallas_kernels.ms_deform_attn.order import block_order
 from pallas_kernels.ms_deform_attn.shapes import SHAPES, Shape

@@ -35,8 +35,8 @@ def require_libtpu() -> None:
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     if importlib.util.find_spec("libtpu") is None:
         raise ImportError(
-            "compiling for TPUs needs libtpu, which is not installed: pip install 'libtpu==0.0.42.*' (what jax 0.10.2 "
-            "asks for), and set JAX_PLATFORMS=cpu where there is no TPU"
+            f"compiling for TPUs needs libtpu, which is not installed: pip install 'jax[tpu]=={jax.__version__}', and "
+            "set JAX_PLATFORMS=cpu where there is no TPU"
         )
 
 
