@@ -51,15 +51,18 @@ def box_iou(a_xyxy: Array, b_xyxy: Array) -> Array:
     return intersection / union
 
 
-def generalized_box_iou(a_xyxy: Array, b_xyxy: Array) -> Array:
-    """GIoU (Rezatofighi et al., CVPR 2019) of all pairs: [..., n, 4], [..., m, 4] -> [..., n, m], in [-1, 1]."""
-    return aligned_generalized_box_iou(a_xyxy[..., :, None, :], b_xyxy[..., None, :, :])
+def generalized_box_iou(a_xyxy: Array, b_xyxy: Array, epsilon: float = 0.0) -> Array:
+    """GIoU (Rezatofighi et al., CVPR 2019) of all pairs: [..., n, 4], [..., m, 4] -> [..., n, m], in [-1, 1].
+
+    `epsilon` is added to both areas that are divided by, as in DINO's code (1e-6).
+    """
+    return aligned_generalized_box_iou(a_xyxy[..., :, None, :], b_xyxy[..., None, :, :], epsilon)
 
 
-def aligned_generalized_box_iou(a_xyxy: Array, b_xyxy: Array) -> Array:
+def aligned_generalized_box_iou(a_xyxy: Array, b_xyxy: Array, epsilon: float = 0.0) -> Array:
     """GIoU of each box with its counterpart: [..., 4], [..., 4] -> [...], leading axes broadcast."""
     intersection, union, hull = _areas(a_xyxy, b_xyxy)
-    return intersection / union - (hull - union) / hull
+    return intersection / (union + epsilon) - (hull - union) / (hull + epsilon)
 
 
 def _namespace(array):

@@ -104,6 +104,25 @@ OFFICIAL_DEFORMABLE = KeyMap(
         *_below("transformer.", _HEAD_ALIASES),
     ),
 )
+# Of a model with two heads a number, one for the decoder layers and one for the proposals, the reader finds the latter.
+_PROPOSALS: Rows = (
+    ("transformer.enc_out_class_embed", "class_embed.proposals"),
+    ("transformer.enc_out_bbox_embed.layers.{}", "bbox_embed.proposals.layers.{}"),
+)
+OFFICIAL_DINO = KeyMap(
+    "official DINO",
+    (
+        *(row for row in OFFICIAL_DEFORMABLE.rows if not row[1].startswith(("query_embed", "reference", "proposals"))),
+        ("transformer.decoder.norm", "decoder_norm"),
+        ("transformer.decoder.ref_point_head.layers.{}", "query_position.layers.{}"),
+        ("transformer.tgt_embed.weight", "query_embed"),
+        ("transformer.refpoint_embed.weight", "anchor_embed"),
+        ("transformer.enc_output", "proposals.output"),
+        ("transformer.enc_output_norm", "proposals.output_norm"),
+        ("label_enc.weight", "label_embed"),
+        *_PROPOSALS,
+    ),
+)
 OFFICIAL_DETR = KeyMap(
     "official DETR",
     (
@@ -228,6 +247,18 @@ DETREX_DEFORMABLE = KeyMap(
         *_below("transformer.", _HEAD_ALIASES),
     ),
 )
+DETREX_DINO = KeyMap(
+    "detrex DINO",
+    (
+        *(row for row in DETREX_DEFORMABLE.rows if not row[1].startswith(("query_embed", "reference", "proposals"))),
+        ("transformer.decoder.norm", "decoder_norm"),
+        ("transformer.decoder.ref_point_head.layers.{}", "query_position.layers.{}"),
+        ("transformer.tgt_embed.weight", "query_embed"),
+        ("transformer.enc_output", "proposals.output"),
+        ("transformer.enc_output_norm", "proposals.output_norm"),
+        ("label_enc.weight", "label_embed"),
+    ),
+)
 MMDET_DEFORMABLE = KeyMap(
     "mmdetection 3 Deformable DETR",
     (
@@ -269,10 +300,12 @@ MMDET2_DEFORMABLE = KeyMap(
 )
 KEY_MAPS = (
     OFFICIAL_DEFORMABLE,
+    OFFICIAL_DINO,
     OFFICIAL_DETR,
     HF_DEFORMABLE,
     HF_DETR,
     DETREX_DEFORMABLE,
+    DETREX_DINO,
     MMDET_DEFORMABLE,
     MMDET2_DEFORMABLE,
 )

@@ -28,8 +28,20 @@ class MultiHeadAttention(nnx.Module):
         self.out = linear(features, features, kernel_init=xavier, bias_init=zeros, dtype=dtype, rngs=rngs)
         self.dropout = Dropout(dropout)
 
-    def __call__(self, query, key, value, *, key_valid: jax.Array | None = None, rngs: nnx.Rngs | None = None):
-        """`query [b, q, c]`, `key`, `value [b, s, c]`, `key_valid [b, s]` -> `[b, q, c]`."""
+    def __call__(
+        self,
+        query,
+        key,
+        value,
+        *,
+        key_valid: jax.Array | None = None,
+        visible: jax.Array | None = None,
+        rngs: nnx.Rngs | None = None,
+    ):
+        """`query [b, q, c]`, `key`, `value [b, s, c]`, `key_valid [b, s]`, `visible [q, s]` -> `[b, q, c]`.
+
+        `visible` says which query sees which key; each must see one.
+        """
 
         def heads(x):
             return x.reshape(*x.shape[:2], self.num_heads, -1)
@@ -38,6 +50,8 @@ class MultiHeadAttention(nnx.Module):
         logits = jnp.einsum("bqhd,bshd->bhqs", query * query.shape[-1] ** -0.5, key).astype(jnp.float32)
         if key_valid is not None:
             logits = jnp.where(key_valid[:, None, None], logits, jnp.finfo(jnp.float32).min)
+        if visible is not None:
+            logits = jnp.where(visible, logits, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(logits)
         capture(self, "attention_weights", weights)  # [b, h, q, s]
         weights = self.dropout(weights, rngs).astype(value.dtype)

@@ -52,9 +52,21 @@ class DecoderLayer(nnx.Module):
         self.norm1, self.norm2, self.norm3 = (layer_norm(c, dtype=dtype, rngs=rngs) for _ in range(3))
         self.dropout = Dropout(config.dropout)
 
-    def __call__(self, x, query_position, reference_points, memory, spatial_shapes, valid, rngs, *, in_blocks=False):
+    def __call__(
+        self,
+        x,
+        query_position,
+        reference_points,
+        memory,
+        spatial_shapes,
+        valid,
+        rngs,
+        *,
+        in_blocks=False,
+        visible=None,
+    ):
         query = x + query_position
-        x = self.norm1(x + self.dropout(self.self_attn(query, query, x, rngs=rngs), rngs))
+        x = self.norm1(x + self.dropout(self.self_attn(query, query, x, visible=visible, rngs=rngs), rngs))
         attended = self.cross_attn(
             x + query_position, reference_points, memory, spatial_shapes, valid, in_blocks=in_blocks
         )
@@ -90,21 +102,8 @@ class Proposals(nnx.Module):
         self.position_norm = layer_norm(2 * c, dtype=dtype, rngs=rngs)
 
     def __call__(self, memory, valid, valid_maps, class_embed, bbox_embed):
-        """Returns the proposals of all tokens (`enc_outputs`) and, for the best `q`, boxes, query position and target.
-
-        A token's proposal is its cell's center with width and height 0.05 * 2^level; those that are not within
-        (0.01, 0.99) and those in the padding are out: their box is (1, 1, 1, 1), as sigmoid(inf) is in the official
-        code. Here a large finite logit stands for inf, which has no NaN gradient.
-        """
-        if memory.shape[1] < self.num_queries:
-            raise ValueError(
-                f"two-stage takes {self.num_queries} queries from the image's tokens, but there are only "
-                f"{memory.shape[1]}: use larger images, more levels or fewer model.num_queries"
-            )
-        boxes = jnp.concatenate([cell_boxes(v, 0.05 * 2**level) for level, v in enumerate(valid_maps)], 1)
-        usable = jnp.all((boxes > 0.01) & (boxes < 0.99), -1, keepdims=True) & valid[..., None]
-        boxes = jnp.clip(boxes, 0.01, 0.99)
-        anchors = jnp.where(usable, jnp.log(boxes / (1 - boxes)), 1e4)
+        """The proposals of all tokens (`enc_outputs`) and, for the best `q`, boxes, query position and target."""
+        usable, anchors = token_anchors(memory, valid, valid_maps, self.num_queries)
         memory = self.output_norm(self.output(jnp.where(usable, memory, 0)))
         features = memory.astype(jnp.float32)
         logits, coordinates = class_embed(features), bbox_embed(features) + anchors
@@ -118,15 +117,8 @@ class Proposals(nnx.Module):
         return enc_outputs, reference, query_position, target
 
 
-class DeformableDETR(nnx.Module):
-    """Deformable transformers for end-to-end object detection.
-
-    With `backbone.mask_padding` off (the published model), the padding leaks into the features near the image's edge,
-    as in `detr_jax.models.detr.DETR`, and into GroupNorm's statistics: the boxes of an image move with the bucket it is
-    padded to, with random weights by up to 0.05 of the image's size (logits by 0.5) for an image of 90 x 118 pixels,
-    and by 0.1 (0.7) for one of 400 x 500; with two-stage, proposals of similar score change places too. With it on,
-    boxes and logits do not depend on bucket and batch but for float32 noise. `tests/test_padding.py` holds both.
-    """
+class MultiScaleEncoder(nnx.Module):
+    """Backbone, feature levels and encoder: what Deformable DETR and DINO share."""
 
     def __init__(self, config: DeformableDETRConfig, *, rngs: nnx.Rngs):
         c = config.hidden_dim
@@ -138,6 +130,76 @@ class DeformableDETR(nnx.Module):
         )
         self.level_embed = nnx.Param(jax.random.normal(rngs.params(), (config.num_levels, c)))
         self.encoder = nnx.List(EncoderLayer(config, rngs=rngs) for _ in range(config.encoder_layers))
+
+    def position_map(self, valid: jax.Array) -> jax.Array:
+        """Position encoding of a level, `[b, h, w]` -> `[b, h, w, c]`."""
+        return sine_map(valid, self.config.hidden_dim, half_pixel=True)
+
+    def encode(
+        self, images: jax.Array, sizes: jax.Array, rngs: nnx.Rngs | None
+    ) -> tuple[jax.Array, jax.Array, list[jax.Array], jax.Array, BlockOrder | None]:
+        """What the decoder attends to.
+
+        Returns:
+            The encoder's tokens `[b, s, c]`; which of them see the image, `[b, s]`; the same as a map `[b, h, w]` of
+            each level; the share of each level's map (x, y) that the image fills, `[b, l, 2]`; and the order of the
+            tokens, `None` for levels one after another, row by row.
+        """
+        tokens, position, valid_maps = self.levels(images, sizes)
+        spatial_shapes = shapes(valid_maps)
+        valid = jnp.concatenate([v.reshape(len(v), -1) for v in valid_maps], 1)
+        valid_ratios = jnp.stack([jnp.stack([v[:, 0].mean(-1), v[:, :, 0].mean(-1)], -1) for v in valid_maps], 1)
+        centers = jnp.concatenate([cell_boxes(v, 0.0)[..., :2] for v in valid_maps], 1)
+        reference_points = centers[:, :, None] * valid_ratios[:, None]
+        # On TPUs, tokens that are neighbors on the map are kept together from here to the decoder.
+        order = token_order(self.config.implementation, spatial_shapes, self.config.encoder_points)
+        if order:
+            inputs = (tokens, position, reference_points, valid)
+            tokens, position, reference_points, valid = (order.to_blocks(x) for x in inputs)
+        for layer in self.encoder:
+            tokens = layer(tokens, position, reference_points, spatial_shapes, valid, rngs, in_blocks=order is not None)
+        return tokens, valid, valid_maps, valid_ratios, order
+
+    def levels(self, images: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+        """Tokens and their position encoding, both `[b, s, c]`, and each level's valid map `[b, h, w]`."""
+        config = self.config
+        mask = config.backbone.mask_padding
+        maps = self.backbone(images, sizes)
+        stride = 16 if config.backbone.dilation else 32
+        maps = maps[-config.feature_maps :]
+        strides = [4, 8, 16, stride][-len(maps) :]
+        tokens, positions, valid_maps = [], [], []
+        source = maps[-1]
+        for i, projection in enumerate(self.input_proj):
+            if i < len(maps):
+                stride, source = strides[i], maps[i]
+            else:
+                stride *= 2
+            shape = tuple(-(-n // projection.stride) for n in source.shape[1:3])
+            valid = valid_cells(sizes, shape, stride) if mask else valid_nearest(sizes, images.shape[1:3], shape)
+            features = projection(source, valid if mask else None)
+            position = self.position_map(valid) + self.level_embed[i]
+            tokens.append(features.reshape(len(images), -1, config.hidden_dim))
+            positions.append(position.reshape(tokens[-1].shape).astype(features.dtype))
+            valid_maps.append(valid)
+            if i >= len(maps):
+                source = zero_padding(features, valid) if mask else features
+        return jnp.concatenate(tokens, 1), jnp.concatenate(positions, 1), valid_maps
+
+
+class DeformableDETR(MultiScaleEncoder):
+    """Deformable transformers for end-to-end object detection.
+
+    With `backbone.mask_padding` off (the published model), the padding leaks into the features near the image's edge,
+    as in `detr_jax.models.detr.DETR`, and into GroupNorm's statistics: the boxes of an image move with the bucket it is
+    padded to, with random weights by up to 0.05 of the image's size (logits by 0.5) for an image of 90 x 118 pixels,
+    and by 0.1 (0.7) for one of 400 x 500; with two-stage, proposals of similar score change places too. With it on,
+    boxes and logits do not depend on bucket and batch but for float32 noise. `tests/test_padding.py` holds both.
+    """
+
+    def __init__(self, config: DeformableDETRConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        c = config.hidden_dim
         self.decoder = nnx.List(DecoderLayer(config, rngs=rngs) for _ in range(config.decoder_layers))
         if config.two_stage:
             self.proposals = Proposals(config, rngs=rngs)
@@ -206,57 +268,6 @@ class DeformableDETR(nnx.Module):
             "aux_outputs": {"pred_logits": stack(logits[:-1], logits[-1]), "pred_boxes": stack(boxes[:-1], boxes[-1])},
         }
 
-    def encode(
-        self, images: jax.Array, sizes: jax.Array, rngs: nnx.Rngs | None
-    ) -> tuple[jax.Array, jax.Array, list[jax.Array], jax.Array, BlockOrder | None]:
-        """What the decoder attends to.
-
-        Returns:
-            The encoder's tokens `[b, s, c]`; which of them see the image, `[b, s]`; the same as a map `[b, h, w]` of
-            each level; the share of each level's map (x, y) that the image fills, `[b, l, 2]`; and the order of the
-            tokens, `None` for levels one after another, row by row.
-        """
-        tokens, position, valid_maps = self.levels(images, sizes)
-        spatial_shapes = shapes(valid_maps)
-        valid = jnp.concatenate([v.reshape(len(v), -1) for v in valid_maps], 1)
-        valid_ratios = jnp.stack([jnp.stack([v[:, 0].mean(-1), v[:, :, 0].mean(-1)], -1) for v in valid_maps], 1)
-        centers = jnp.concatenate([cell_boxes(v, 0.0)[..., :2] for v in valid_maps], 1)
-        reference_points = centers[:, :, None] * valid_ratios[:, None]
-        # On TPUs, tokens that are neighbors on the map are kept together from here to the decoder.
-        order = token_order(self.config.implementation, spatial_shapes, self.config.encoder_points)
-        if order:
-            inputs = (tokens, position, reference_points, valid)
-            tokens, position, reference_points, valid = (order.to_blocks(x) for x in inputs)
-        for layer in self.encoder:
-            tokens = layer(tokens, position, reference_points, spatial_shapes, valid, rngs, in_blocks=order is not None)
-        return tokens, valid, valid_maps, valid_ratios, order
-
-    def levels(self, images: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
-        """Tokens and their position encoding, both `[b, s, c]`, and each level's valid map `[b, h, w]`."""
-        config = self.config
-        mask = config.backbone.mask_padding
-        maps = self.backbone(images, sizes)
-        stride = 16 if config.backbone.dilation else 32
-        maps = maps[-min(config.num_levels, 3) :]
-        strides = [stride] if len(maps) == 1 else [8, 16, stride][-len(maps) :]
-        tokens, positions, valid_maps = [], [], []
-        source = maps[-1]
-        for i, projection in enumerate(self.input_proj):
-            if i < len(maps):
-                stride, source = strides[i], maps[i]
-            else:
-                stride *= 2
-            shape = tuple(-(-n // projection.stride) for n in source.shape[1:3])
-            valid = valid_cells(sizes, shape, stride) if mask else valid_nearest(sizes, images.shape[1:3], shape)
-            features = projection(source, valid if mask else None)
-            position = sine_map(valid, config.hidden_dim, half_pixel=True) + self.level_embed[i]
-            tokens.append(features.reshape(len(images), -1, config.hidden_dim))
-            positions.append(position.reshape(tokens[-1].shape).astype(features.dtype))
-            valid_maps.append(valid)
-            if i >= len(maps):
-                source = zero_padding(features, valid) if mask else features
-        return jnp.concatenate(tokens, 1), jnp.concatenate(positions, 1), valid_maps
-
 
 def shapes(maps: Sequence[jax.Array]) -> tuple[tuple[int, int], ...]:
     """(height, width) of maps `[b, h, w]`."""
@@ -265,11 +276,37 @@ def shapes(maps: Sequence[jax.Array]) -> tuple[tuple[int, int], ...]:
 
 def projections(config: DeformableDETRConfig, channels: Sequence[int]) -> list[tuple[int, int, int]]:
     """Input width, kernel size and stride of each level's projection; the first extra level reads the raw C5."""
-    scales = min(config.num_levels, 3)
+    scales = config.feature_maps
     rows = [(n_in, 1, 1) for n_in in channels[-scales:]]
     for i in range(config.num_levels - scales):
         rows.append((channels[-1] if i == 0 else config.hidden_dim, 3, 2))
     return rows
+
+
+def token_anchors(
+    memory: jax.Array, valid: jax.Array, valid_maps: Sequence[jax.Array], num_queries: int
+) -> tuple[jax.Array, jax.Array]:
+    """What each token `[b, s, c]` proposes before it is refined (two-stage).
+
+    A token's box is its cell's center with width and height 0.05 * 2^level; those that are not within (0.01, 0.99) and
+    those in the padding are out: their box is (1, 1, 1, 1), as sigmoid(inf) is in the official code. Here a large
+    finite logit stands for inf, which has no NaN gradient.
+
+    Returns:
+        Which tokens may propose, bool `[b, s, 1]`, and the logits of their boxes, `[b, s, 4]`.
+
+    Raises:
+        ValueError: fewer tokens than queries.
+    """
+    if memory.shape[1] < num_queries:
+        raise ValueError(
+            f"two-stage takes {num_queries} queries from the image's tokens, but there are only "
+            f"{memory.shape[1]}: use larger images, more levels or fewer model.num_queries"
+        )
+    boxes = jnp.concatenate([cell_boxes(v, 0.05 * 2**level) for level, v in enumerate(valid_maps)], 1)
+    usable = jnp.all((boxes > 0.01) & (boxes < 0.99), -1, keepdims=True) & valid[..., None]
+    boxes = jnp.clip(boxes, 0.01, 0.99)
+    return usable, jnp.where(usable, jnp.log(boxes / (1 - boxes)), 1e4)
 
 
 def cell_boxes(valid: jax.Array, size: float) -> jax.Array:

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from detr_jax.models.deformable_detr import DeformableDETR, shapes
+from detr_jax.models.deformable_detr import MultiScaleEncoder, shapes
 from detr_jax.models.detr import DETR
 
 
-class DeformableEncoder(DeformableDETR):
-    """What Deformable DETR's decoder attends to, as a map for each level (strides 8, 16, 32, 64 with four levels)."""
+class DeformableEncoder(MultiScaleEncoder):
+    """What a multi-scale decoder attends to, as a map for each level (strides 8, 16, 32, 64 with four levels)."""
 
-    def __init__(self, detector: DeformableDETR):
+    def __init__(self, detector: MultiScaleEncoder):
         detector = nnx.clone(detector)
         self.config = detector.config
         self.backbone, self.input_proj = detector.backbone, detector.input_proj

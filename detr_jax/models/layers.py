@@ -77,10 +77,13 @@ class Dropout(nnx.Module):
 class MLP(nnx.Module):
     """Linear layers with ReLU between them: the box head."""
 
-    def __init__(self, in_features: int, hidden: int, out_features: int, num_layers: int, *, dtype=None, rngs):
+    def __init__(
+        self, in_features: int, hidden: int, out_features: int, num_layers: int, *, kernel_init=None, dtype=None, rngs
+    ):
         widths = [in_features, *[hidden] * (num_layers - 1), out_features]
         self.layers = nnx.List(
-            linear(n_in, n_out, dtype=dtype, rngs=rngs) for n_in, n_out in itertools.pairwise(widths)
+            linear(n_in, n_out, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
+            for n_in, n_out in itertools.pairwise(widths)
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:

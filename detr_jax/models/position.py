@@ -14,10 +14,11 @@ def sine(x: jax.Array, features: int, temperature: float = 10000.0) -> jax.Array
     return jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1).reshape(*x.shape, features)
 
 
-def sine_map(valid: jax.Array, features: int, *, half_pixel: bool) -> jax.Array:
+def sine_map(valid: jax.Array, features: int, *, half_pixel: bool, temperature: float = 10000.0) -> jax.Array:
     """2-d sine encoding over the valid part of a map: `valid [b, h, w]` -> `[b, h, w, features]`, y first.
 
-    `half_pixel` takes pixel centers before normalizing, as Deformable DETR does and DETR does not.
+    `half_pixel` takes pixel centers before normalizing, as Deformable DETR does, and DETR and DINO do not. DINO's
+    `temperature` is 20.
     """
 
     def axis(dim):
@@ -25,7 +26,7 @@ def sine_map(valid: jax.Array, features: int, *, half_pixel: bool) -> jax.Array:
         last = jax.lax.slice_in_dim(position, -1, None, axis=dim)
         return (position - 0.5 * half_pixel) / (last + 1e-6) * 2 * math.pi
 
-    return jnp.concatenate([sine(axis(1), features // 2), sine(axis(2), features // 2)], -1)
+    return jnp.concatenate([sine(axis(dim), features // 2, temperature) for dim in (1, 2)], -1)
 
 
 def sine_boxes(boxes: jax.Array, features: int) -> jax.Array:
