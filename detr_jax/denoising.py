@@ -51,7 +51,7 @@ class DenoisingQueries(NamedTuple):
     """bool [n]: slots that must be put right, if they hold an object."""
     group: jax.Array
     """int32 [n]: the slot's group."""
-    used: bool | jax.Array
+    used: jax.Array
     """bool [n]: slots of the groups that are used."""
     num_groups: jax.Array
     """int32 []: how many groups there are."""
@@ -100,9 +100,8 @@ def denoising_queries(targets: Mapping[str, Any], noise: Noise, config: DINOConf
     used = (group < num_groups) & (most > 0)
     real = used & (target < num_boxes[:, None])
 
-    index = jnp.minimum(target, boxes.shape[1] - 1)
-    noisy_labels = jnp.where(noise.relabel < config.label_noise / 2, noise.labels, labels[:, index])
-    boxes = boxes[:, index]
+    noisy_labels = jnp.where(noise.relabel < config.label_noise / 2, noise.labels, labels[:, target])
+    boxes = boxes[:, target]
     amounts = noise.amounts + jnp.where(positive, 0.0, 1.0)[:, None]
     half_sizes = jnp.tile(boxes[..., 2:] / 2, 2)
     corners = cxcywh_to_xyxy(boxes) + noise.signs * amounts * half_sizes * config.box_noise

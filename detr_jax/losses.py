@@ -1,4 +1,4 @@
-"""The set prediction losses of DETR and Deformable DETR."""
+"""The set prediction losses of DETR, Deformable DETR and DINO."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,11 +8,15 @@ import jax.numpy as jnp
 
 from detr_jax.boxes import aligned_generalized_box_iou, cxcywh_to_xyxy
 from detr_jax.config import LossConfig
+from detr_jax.denoising import DenoisingQueries
 from detr_jax.matching import match, stack_layers
 
 
 def set_prediction_loss(
-    outputs: Mapping[str, Any], targets: Mapping[str, Any], config: LossConfig
+    outputs: Mapping[str, Any],
+    targets: Mapping[str, Any],
+    config: LossConfig,
+    denoising: DenoisingQueries | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Classification, L1 and GIoU losses of a whole (global) batch, over every supervised layer with its own matching.
 
@@ -28,7 +32,9 @@ def set_prediction_loss(
     - `class_error` (not trained; last layer only): percentage of matched queries whose best class is not the
       target's; 100 without any target.
 
-    Other decoder layers add `_0`, `_1`, ..., the encoder adds `_enc`; its tokens are matched with every label 0.
+    Other decoder layers add `_0`, `_1`, ..., the encoder adds `_enc`; its tokens are matched with every label 0. DINO's
+    proposals that became queries add `_interm`, and its denoising queries `_dn` (last layer), `_dn_0`, `_dn_1`, ...:
+    see `denoising_terms`.
 
     The number of boxes is that of the global batch, at least 1. The official code divides each process's sum by the
     mean number of boxes per process and averages gradients over processes: the same. (Its softmax mean is taken per
@@ -36,9 +42,11 @@ def set_prediction_loss(
 
     Args:
       outputs: the model's: pred_logits [b, q, k], pred_boxes [b, q, 4]; optionally aux_outputs (the same, stacked to
-        [n, b, ...]; not used without `config.aux_loss`) and enc_outputs (the same with s tokens for q queries).
+        [n, b, ...]; not used without `config.aux_loss`), interm_outputs (the same, of the proposals that became
+        queries), enc_outputs (the same with s tokens for q queries) and dn_outputs (of the denoising queries).
       targets: boxes_cxcywh [b, t, 4], labels [b, t], num_boxes [b]; rows from num_boxes on are padding.
       config: weights of the losses and of the matching.
+      denoising: the queries that dn_outputs come from.
 
     Returns:
       The weighted sum, and the unweighted terms: float32 scalars. A layer that cannot be matched, because a prediction
@@ -54,11 +62,15 @@ def set_prediction_loss(
     decoder = jax.vmap(layer_terms, in_axes=(0, None, 0))(layers, labels, decoder_indices)
     *auxiliary, last = [{name: values[i] for name, values in decoder.items()} for i in range(len(decoder_indices))]
     terms = dict(last)
-    for i, layer in enumerate(auxiliary):
-        terms |= {f"{name}_{i}": value for name, value in layer.items() if name != "class_error"}
+    suffixes = ["interm"] * ("interm_outputs" in outputs) + list(range(len(auxiliary)))
+    for suffix, layer in zip(suffixes, auxiliary, strict=False):
+        terms |= {f"{name}_{suffix}": value for name, value in layer.items() if name != "class_error"}
     if encoder_indices is not None:
         encoder = layer_terms(outputs["enc_outputs"], jnp.zeros_like(labels), encoder_indices)
         terms |= {f"{name}_enc": value for name, value in encoder.items() if name != "class_error"}
+
+    if denoising is not None:
+        terms |= denoising_terms(outputs["dn_outputs"], denoising, targets, config)
 
     weights = {"loss_ce": config.class_weight, "loss_bbox": config.l1_weight, "loss_giou": config.giou_weight}
     total = jnp.float32(0)
@@ -89,12 +101,12 @@ def _layer_terms(pred_logits, pred_boxes, labels, boxes_cxcywh, num_boxes, indic
         weight = jnp.where(query_labels == k - 1, config.no_object_weight, 1.0)
         loss_ce = jnp.sum(weight * nll) / jnp.sum(weight)
 
-    # A target without a query is compared with itself, which adds exactly 0 to both sums.
+    # A target without a query is compared with itself: a difference of 0, and no gradient.
     queries = jnp.where(matched, indices, 0)[..., None]
     matched_boxes = jnp.where(matched[..., None], jnp.take_along_axis(pred_boxes, queries, axis=1), boxes)
     loss_bbox = jnp.sum(jnp.abs(matched_boxes - boxes)) / total_boxes
-    giou = aligned_generalized_box_iou(cxcywh_to_xyxy(matched_boxes), cxcywh_to_xyxy(boxes))
-    loss_giou = jnp.sum(1 - giou) / total_boxes
+    giou = aligned_generalized_box_iou(cxcywh_to_xyxy(matched_boxes), cxcywh_to_xyxy(boxes), config.giou_epsilon)
+    loss_giou = jnp.sum(1 - giou, where=matched) / total_boxes
 
     best = jnp.argmax(logits, axis=-1)
     correct = matched & (jnp.take_along_axis(best, queries[..., 0], axis=1) == labels)
@@ -106,6 +118,44 @@ def _layer_terms(pred_logits, pred_boxes, labels, boxes_cxcywh, num_boxes, indic
         "loss_giou": loss_giou + unmatchable,
         "class_error": class_error,
         "cardinality_error": cardinality_error,
+    }
+
+
+def denoising_terms(
+    outputs: Mapping[str, jax.Array], queries: DenoisingQueries, targets: Mapping[str, Any], config: LossConfig
+) -> dict[str, jax.Array]:
+    """The terms of the denoising queries (DINO, section 3.3), which need no matching.
+
+    A positive must give the box and the class of its object. All others are background, the empty slots of images
+    with fewer objects too. Sums are divided by the number of boxes times the number of groups. In a batch without any
+    box all terms are 0.
+
+    Args:
+      outputs: pred_logits [layers, b, n, k], pred_boxes [layers, b, n, 4], the last decoder layer last.
+      queries: that these outputs come from.
+      targets: as of `set_prediction_loss`.
+      config: weights.
+    """
+    logits, pred_boxes = (jnp.asarray(outputs[name], jnp.float32) for name in ("pred_logits", "pred_boxes"))
+    labels, boxes = (targets[name][:, queries.target] for name in ("labels", "boxes_cxcywh"))
+    count = (jnp.maximum(jnp.sum(targets["num_boxes"]), 1) * queries.num_groups).astype(jnp.float32)
+    tied = queries.real & queries.positive
+    positive = tied[..., None] & (labels[..., None] == jnp.arange(logits.shape[-1]))
+    focal = sigmoid_focal_loss(logits, positive, config.focal_alpha, config.focal_gamma)
+    # A slot that is not tied is compared with its object itself: a difference of 0, and no gradient.
+    pred_boxes = jnp.where(tied[..., None], pred_boxes, boxes)
+    giou = aligned_generalized_box_iou(cxcywh_to_xyxy(pred_boxes), cxcywh_to_xyxy(boxes), config.giou_epsilon)
+    by_layer = {
+        "loss_ce": jnp.sum(focal, where=queries.used[:, None], axis=(1, 2, 3)),
+        "loss_bbox": jnp.sum(jnp.abs(pred_boxes - boxes), axis=(1, 2, 3)),
+        "loss_giou": jnp.sum(1 - giou, where=tied, axis=(1, 2)),
+    }
+    last = len(logits) - 1
+    supervised = range(last + 1) if config.aux_loss else [last]
+    return {
+        f"{name}_dn" if i == last else f"{name}_dn_{i}": values[i] / count
+        for i in supervised
+        for name, values in by_layer.items()
     }
 
 

@@ -20,7 +20,7 @@ _LARGEST_COST = 1e30
 def match(
     outputs: Mapping[str, Any], targets: Mapping[str, Any], config: LossConfig
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Matches the targets with the outputs of every supervised decoder layer, and with the encoder's tokens.
+    """Matches the targets with the outputs of every supervised layer, and with the encoder's tokens.
 
     Each layer is matched on its own. For the encoder (two-stage) all tokens compete and every label counts as 0. Under
     a mesh with a "data" axis each device matches its own images: a loop that XLA partitioned would communicate in
@@ -28,12 +28,13 @@ def match(
 
     Args:
       outputs: the model's: pred_logits [b, q, k], pred_boxes [b, q, 4]; optionally aux_outputs (the same, stacked to
-        [n, b, ...]; not used without `config.aux_loss`) and enc_outputs (the same with s tokens for q queries).
+        [n, b, ...]; not used without `config.aux_loss`), interm_outputs (the same, of the proposals that became
+        queries) and enc_outputs (the same with s tokens for q queries).
       targets: boxes_cxcywh [b, t, 4], labels [b, t], num_boxes [b]; rows from num_boxes on are padding.
       config: cost weights and matcher.
 
     Returns:
-      The index of each target's query, int32 [layers, b, t] (the last decoder layer last), and of its token, int32
+      The index of each target's query, int32 [layers, b, t] (see `stack_layers`), and of its token, int32
       [b, t], or None without enc_outputs. -1 marks padding, targets that outnumber the queries, and every target
       of a problem with costs that are not finite (see `assign`).
     """
@@ -62,11 +63,17 @@ def match(
 
 
 def stack_layers(outputs: Mapping[str, Any], config: LossConfig) -> dict[str, jax.Array]:
-    """The supervised decoder layers, the last one last: pred_logits [layers, b, q, k], pred_boxes [layers, b, q, 4]."""
-    last = {name: outputs[name][None] for name in ("pred_logits", "pred_boxes")}
-    if not config.aux_loss or "aux_outputs" not in outputs:
-        return last
-    return {name: jnp.concatenate([outputs["aux_outputs"][name], last[name]]) for name in last}
+    """The supervised layers: pred_logits [layers, b, q, k], pred_boxes [layers, b, q, 4].
+
+    First the proposals that became queries (interm_outputs), if any, then the decoder layers, the last one last.
+    """
+    names = ("pred_logits", "pred_boxes")
+    layers = [{name: outputs[name][None] for name in names}]
+    if config.aux_loss and "aux_outputs" in outputs:
+        layers.insert(0, outputs["aux_outputs"])
+    if "interm_outputs" in outputs:
+        layers.insert(0, {name: outputs["interm_outputs"][name][None] for name in names})
+    return {name: jnp.concatenate([layer[name] for layer in layers]) for name in names}
 
 
 def _match_each(layers, boxes_cxcywh, labels, num_boxes, config):
@@ -110,7 +117,7 @@ def match_cost(
     class_cost = jnp.take_along_axis(class_cost, labels[..., None], axis=-2)
 
     l1_cost = sum(jnp.abs(boxes[..., :, None, i] - pred_boxes[..., None, :, i]) for i in range(4))
-    giou = generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(pred_boxes))
+    giou = generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(pred_boxes), config.giou_epsilon)
     return config.class_cost * class_cost + config.l1_cost * l1_cost - config.giou_cost * giou
 
 

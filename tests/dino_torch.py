@@ -177,7 +177,7 @@ def forward(w: Weights, config: DINOConfig, images: np.ndarray, sizes: np.ndarra
     tokens = norm(w, "transformer.enc_output_norm", tokens)
     scores = linear(w, "transformer.enc_out_class_embed", tokens)
     coordinates = mlp(w, "transformer.enc_out_bbox_embed", tokens, 3) + anchors
-    top = scores.max(-1)[0].topk(queries, 1)[1] if top is None else torch.as_tensor(top).long()
+    top = scores.max(-1)[0].topk(queries, 1)[1] if top is None else torch.tensor(top).long()
     chosen = coordinates.gather(1, top[..., None].expand(-1, -1, 4))
     result = {
         "scores": scores.max(-1)[0],
