@@ -5,14 +5,15 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-import test_parity
+import small_models
 import transformers_weights
 from flax import nnx
 
-from detr_jax import dialects, models, pretrained
+from detr_jax.checkpoints import convert, key_maps
 from detr_jax.config import BackboneConfig, DINOConfig, LossConfig
 from detr_jax.denoising import Noise, denoising_queries
 from detr_jax.losses import set_prediction_loss
+from detr_jax.models.trainable import split
 
 SMALL = DINOConfig(
     backbone=BackboneConfig(depth=18),
@@ -55,20 +56,20 @@ def noise(slots: int, b: int = 2) -> dict[str, np.ndarray]:
 
 def official(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Tensors of ours under the official names that are not aliases, in PyTorch's layout."""
-    rows = dialects.compiled(tuple((ours, theirs) for theirs, ours in dialects.OFFICIAL_DINO.rows))
+    rows = key_maps.compile_rows(tuple((ours, theirs) for theirs, ours in key_maps.OFFICIAL_DINO.rows))
     result = {}
     for path, tensor in tensors.items():
-        name = pretrained.canonical(path.split("."))
-        theirs = dialects.renamed(name.replace("_embed.1.", "_embed.proposals."), rows)[0]
-        result[theirs] = pretrained.to_theirs(tensor, name, path.endswith(".kernel"))
-    return pretrained.fused(result)
+        name = convert.canonical(path.split("."))
+        theirs = key_maps.rename(name.replace("_embed.1.", "_embed.proposals."), rows)[0]
+        result[theirs] = convert.to_theirs(tensor, name, path.endswith(".kernel"))
+    return convert.fused(result)
 
 
 def our_step(config: DINOConfig, size: tuple[int, int]):
     """`step(targets, noise)` -> outputs, terms, gradient norms by official names, of random weights; compiled once."""
-    images, sizes = test_parity.padded_batch(*size)
+    images, sizes = small_models.padded_batch(*size)
     model = transformers_weights.load(config, transformers_weights.random_weights(config))
-    graphdef, params, buffers = models.split(config, model)
+    graphdef, params, buffers = split(config, model)
 
     @jax.jit
     def step(params, buffers, images, sizes, targets, noise):
@@ -93,7 +94,7 @@ def our_step(config: DINOConfig, size: tuple[int, int]):
 
 def our_tokens(config: DINOConfig, size: tuple[int, int]) -> np.ndarray:
     """The tokens that become queries, best first, `[b, q]`, of random weights."""
-    images, sizes = test_parity.padded_batch(*size)
+    images, sizes = small_models.padded_batch(*size)
     model = transformers_weights.load(config, transformers_weights.random_weights(config))
     graphdef, state = nnx.split(model)
 
@@ -120,7 +121,7 @@ def torch_step(config: DINOConfig, size: tuple[int, int], targets, noise, top=No
     import dino_torch
     import torch
 
-    images, sizes = test_parity.padded_batch(*size)
+    images, sizes = small_models.padded_batch(*size)
     weights = {name: torch.tensor(x) for name, x in official(transformers_weights.random_weights(config)).items()}
     for name, x in weights.items():
         constant = any(part in name for part in ("running", ".bn", ".downsample.1.", "body.conv1", "body.layer1"))

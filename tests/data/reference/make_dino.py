@@ -1,4 +1,4 @@
-"""Writes the numbers of the PyTorch DINO that `tests/test_dino.py` compares a small model with.
+"""Writes the numbers of the PyTorch DINO that `tests/detr_jax/models/test_dino.py` compares a small model with.
 
 Run in an environment with PyTorch: `python tests/data/reference/make_dino.py`.
 """
