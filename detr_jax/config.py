@@ -61,6 +61,8 @@ class TransformerConfig:
     """Dropout rate in training."""
     num_queries: int = 100
     """Object queries: the most boxes that an image can get."""
+    max_detections: int = 100
+    """Detections per image: the best pairs of a query and a class. (Softmax classifiers give one for each query.)"""
     dtype: Dtype = "float32"
     """Compute type; parameters, coordinates and losses stay float32."""
     tune: TuneConfig = TuneConfig()
@@ -130,6 +132,15 @@ class DeformableDETRConfig(TransformerConfig):
         """Levels that are maps of the backbone; each further one is a stride-2 convolution."""
         return min(self.num_levels, 3)
 
+    @property
+    def decoder_heads(self) -> int:
+        """Class and box heads of the decoder layers: one each, or one for all. The proposals' come after them."""
+        return self.decoder_layers if self.box_refinement else 1
+
+    def attends_to_boxes(self, layer: int) -> bool:
+        """Whether a decoder layer's references are boxes, in whose sizes its offsets count, rather than points."""
+        return self.two_stage or (self.box_refinement and layer > 0)
+
     def __post_init__(self):
         _check_model(self, multiple=32)
         if self.two_stage and not self.box_refinement:
@@ -171,6 +182,8 @@ class DINOConfig(DeformableDETRConfig):
     """Dropout rate in training."""
     num_queries: int = 900
     """Object queries: the most boxes that an image can get."""
+    max_detections: int = 300
+    """Detections per image: the best pairs of a query and a class."""
     box_refinement: bool = True
     """Always on: each decoder layer refines the boxes of the layer before."""
     two_stage: bool = True
@@ -200,6 +213,13 @@ class DINOConfig(DeformableDETRConfig):
     @property
     def feature_maps(self) -> int:
         return min(self.num_levels, self.backbone_maps)
+
+    @property
+    def decoder_heads(self) -> int:
+        return 1 if self.shared_heads else self.decoder_layers
+
+    def attends_to_boxes(self, layer: int) -> bool:
+        return True
 
     def __post_init__(self):
         super().__post_init__()

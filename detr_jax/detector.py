@@ -104,7 +104,9 @@ class Detector:
         def detect(state, pixels, sizes, orig_sizes):
             self.compilations += 1  # Python runs this once a compilation
             outputs = nnx.merge(graphdef, state)(normalize(pixels, sizes), sizes)
-            return postprocess(outputs, orig_sizes, classification=loaded.classification)
+            return postprocess(
+                outputs, orig_sizes, classification=loaded.classification, top_k=loaded.config.max_detections
+            )
 
         self._detect = detect
 

@@ -65,7 +65,7 @@ def export(
     def detect(weights, pixels, sizes, orig_sizes):
         model = nnx.merge(graphdef, jax.tree.unflatten(structure, weights))
         outputs = model(normalize(pixels, sizes), sizes)
-        return postprocess(outputs, orig_sizes, classification=loaded.classification)
+        return postprocess(outputs, orig_sizes, classification=loaded.classification, top_k=config.max_detections)
 
     weights = [np.asarray(leaf) for leaf in leaves]
     shapes = [jax.ShapeDtypeStruct(weight.shape, weight.dtype) for weight in weights]

@@ -1,8 +1,8 @@
 """The training step and the detection step: pure functions of a state and a batch, each compiled once per bucket.
 
 Everything that a step does is a pure function of the config, the step number and the state: the sampler draws the batch
-from (seed, step), dropout's key is folded from them. So a run that was killed and resumed gives the same numbers as one
-that was not.
+from (seed, step), the key of dropout and denoising queries is folded from them. So a run that was killed and resumed
+gives the same numbers as one that was not.
 """
 
 import functools
@@ -18,9 +18,10 @@ from detr_jax import sharding
 from detr_jax.categories import Categories
 from detr_jax.checkpoints.convert import load_backbone
 from detr_jax.checkpoints.load import initialize_from
-from detr_jax.config import Config, OptimConfig
+from detr_jax.config import Config, DINOConfig, OptimConfig
 from detr_jax.data.resample import resample_batch
 from detr_jax.data.sampler import EvalSampler, TrainSampler
+from detr_jax.denoising import denoising_queries, draw_noise, num_slots
 from detr_jax.losses import set_prediction_loss
 from detr_jax.models import build
 from detr_jax.models.trainable import split
@@ -105,10 +106,20 @@ def init_state(
 def loss_fn(
     params: dict, buffers: dict, batch: Mapping[str, jax.Array], graphdef: Model, config: Config, *, pixels, key
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Loss of a batch and its terms; `pixels` are the resampled images, `key` draws dropout (`None`: none)."""
+    """Loss of a batch and its terms.
+
+    `pixels` are the resampled images; `key` draws dropout and denoising queries (`None`: neither).
+    """
     model = nnx.merge(graphdef, params, buffers)
-    outputs = model(pixels, batch["size"], rngs=None if key is None else nnx.Rngs(key))
-    return set_prediction_loss(outputs, batch, config.loss)
+    if key is None:
+        return set_prediction_loss(model(pixels, batch["size"]), batch, config.loss)
+    if not isinstance(config.model, DINOConfig) or not config.model.denoising_queries:
+        return set_prediction_loss(model(pixels, batch["size"], rngs=nnx.Rngs(key)), batch, config.loss)
+    b, t = batch["labels"].shape
+    noise = draw_noise(key, b, num_slots(config.model, t), config.model.num_classes)
+    queries = denoising_queries(batch, noise, config.model)
+    outputs = model(pixels, batch["size"], rngs=nnx.Rngs(key), denoising=queries)
+    return set_prediction_loss(outputs, batch, config.loss, queries)
 
 
 def make_train_step(
@@ -144,6 +155,11 @@ def make_detect_step(
     def detect(params: dict, buffers: dict, batch: dict[str, jax.Array], *, bucket: tuple[int, int]):
         model = nnx.merge(graphdef, params, buffers)
         outputs = model(resample_batch(batch, bucket, sampler, config.data), batch["size"])
-        return postprocess(outputs, batch["orig_size"], classification=config.loss.classification)
+        return postprocess(
+            outputs,
+            batch["orig_size"],
+            classification=config.loss.classification,
+            top_k=config.model.max_detections,
+        )
 
     return jax.jit(detect, static_argnames="bucket")

@@ -18,19 +18,24 @@ from flax import nnx
 from detr_jax.categories import Categories
 from detr_jax.checkpoints.files import Tensors, read_tensors
 from detr_jax.checkpoints.key_maps import (
+    DETREX_DINO,
     HF_DEFORMABLE,
     HF_DETR,
     KEY_MAPS,
     OFFICIAL_DEFORMABLE,
     OFFICIAL_DETR,
+    OFFICIAL_DINO,
     TORCHVISION,
     KeyMap,
     compile_rows,
     rename,
 )
-from detr_jax.config import BackboneConfig, DeformableDETRConfig, DETRConfig, ModelConfig
+from detr_jax.config import BackboneConfig, DeformableDETRConfig, DETRConfig, DINOConfig, ModelConfig
 from detr_jax.models import build
 from detr_jax.models.resnet import BLOCKS
+
+OFFICIAL = {DETRConfig: OFFICIAL_DETR, DeformableDETRConfig: OFFICIAL_DEFORMABLE, DINOConfig: OFFICIAL_DINO}
+"""The key map of the official code of each model."""
 
 # Our leaves -> PyTorch's.
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
@@ -69,6 +74,8 @@ def load(path: str | Path, *, dilation: bool | None = None, num_heads: int | Non
     if "dilation" not in facts:
         facts["dilation"] = "dc5" in Path(path).name.lower()
         notes.append(f"DC5: {'yes' if facts['dilation'] else 'no'}, by the file's name (tensors do not tell)")
+    if key_map is DETREX_DINO:
+        facts = {"position_temperature": 10000.0, "half_pixel": True, **facts}
     config = facts.get("config") or infer_config(found, facts)
     model, more = assemble(config, found, str(path))
     categories = facts.get("categories") or Categories.guess(config.num_classes)
@@ -96,8 +103,8 @@ def translate(tensors: Tensors, what: str) -> tuple[KeyMap, Tensors, list[str]]:
     if unknown or not tensors:
         listed = "\n".join(f"  {name}: {list(tensors[name].shape)}" for name in unknown[:8])
         raise ValueError(
-            f"{what}: not a checkpoint of DETR or Deformable DETR that is known here. Nearest: {key_map.title}, which "
-            f"has {len(translated)} of its {len(tensors)} tensors, but not\n{listed}\n"
+            f"{what}: not a checkpoint of DETR, Deformable DETR or DINO that is known here. Nearest: {key_map.title}, "
+            f"which has {len(translated)} of its {len(tensors)} tensors, but not\n{listed}\n"
             "A ResNet alone goes to --train.init-backbone."
         )
     convs = {int(ours.split(".")[1]) for ours in translated.values() if re.match(r"input_proj\.\d", ours)}
@@ -114,12 +121,18 @@ def translate(tensors: Tensors, what: str) -> tuple[KeyMap, Tensors, list[str]]:
         notes.append(f"{len(tensors) - len(found)} tensors are stored twice (shared heads)")
     if ignored:
         notes.append(f"{len(ignored)} ignored: BatchNorm's step counters")
-    # Without refinement, one head serves all layers, under as many names.
+    # Without refinement, and in the official DINO, one head serves all layers, under as many names.
     layers = sorted({int(name.split(".")[1]) for name in found if re.match(r"bbox_embed\.\d+\.layers", name)})
     aliased = any("decoder.bbox_embed" in name for name in translated)
-    if len(layers) > 1 and not aliased and "proposals.output.weight" not in found and _tied(found, layers):
+    one_head = key_map is OFFICIAL_DINO or not (aliased or "proposals.output.weight" in found)
+    if len(layers) > 1 and one_head and _tied(found, layers):
         found = {k: v for k, v in found.items() if not re.match(r"(class|bbox)_embed\.[1-9]", k)}
         notes.append("one head for all decoder layers, stored once a layer")
+        layers = layers[:1]
+    found = {name.replace("_embed.proposals.", f"_embed.{len(layers)}."): tensor for name, tensor in found.items()}
+    if key_map is DETREX_DINO and "label_embed" in found:
+        # The official table has one row more than classes, which is never read.
+        found["label_embed"] = np.pad(found["label_embed"], ((0, 1), (0, 0)))
     return key_map, found, notes
 
 
@@ -148,7 +161,8 @@ def infer_config(found: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> M
 
     Args:
         found: tensors as `translate` gives them.
-        facts: what else is known: `dilation`, `num_heads` (8), `num_queries` of a two-stage model (300).
+        facts: what else is known: `dilation`, `num_heads` (8), `num_queries` of a two-stage model (300), and of DINO
+            `position_temperature` (20) and `half_pixel` (no).
     """
 
     def count(pattern: str) -> int:
@@ -190,15 +204,26 @@ def infer_config(found: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> M
         for part, attention in (("encoder", "self_attn"), ("decoder", "cross_attn"))
         if f"{part}.0.{attention}.attention_weights.bias" in found
     }
+    common |= {
+        "num_classes": len(found["class_embed.0.weight"]),
+        "num_levels": num_levels,
+        "encoder_points": points.get("encoder", 4),
+        "decoder_points": points["decoder"],
+        "two_stage": two_stage,
+    }
+    heads = count(r"bbox_embed\.(\d+)\.")
+    if "label_embed" in found:
+        return DINOConfig(
+            **common,
+            num_queries=len(found["query_embed"]),
+            backbone_maps=4 if found["input_proj.0.conv.weight"].shape[1] == (256 if bottleneck else 64) else 3,
+            shared_heads=heads - two_stage == 1,
+            **{name: facts[name] for name in ("position_temperature", "half_pixel") if name in facts},
+        )
     return DeformableDETRConfig(
         **common,
-        num_classes=len(found["class_embed.0.weight"]),
         num_queries=int(facts.get("num_queries", 300)) if two_stage else len(found["query_embed"]),
-        num_levels=num_levels,
-        encoder_points=points.get("encoder", 4),
-        decoder_points=points["decoder"],
-        box_refinement=two_stage or count(r"bbox_embed\.(\d+)\.") > 1,
-        two_stage=two_stage,
+        box_refinement=two_stage or heads > 1,
     )
 
 
@@ -207,6 +232,9 @@ def describe(config: ModelConfig) -> str:
     backbone = f"ResNet-{config.backbone.depth}{' DC5' if config.backbone.dilation else ''}"
     if isinstance(config, DETRConfig):
         kind = "DETR"
+    elif isinstance(config, DINOConfig):
+        learned = "" if config.two_stage else ", learned boxes"
+        kind = f"DINO, {config.num_levels} levels{' with C2' if config.backbone_maps == 4 else ''}{learned}"
     else:
         scale = "single-scale" if config.num_levels == 1 else f"{config.num_levels} levels"
         steps = " + box refinement" * config.box_refinement + " + two-stage" * config.two_stage
@@ -325,10 +353,12 @@ def save(path: str | Path, model: nnx.Module, config: ModelConfig, categories: C
 
     path = Path(path)
     if path.suffix == ".safetensors":
-        key_map = OFFICIAL_DETR if isinstance(config, DETRConfig) else OFFICIAL_DEFORMABLE
+        key_map = OFFICIAL[type(config)]
         file = path
         path.parent.mkdir(parents=True, exist_ok=True)
     else:
+        if isinstance(config, DINOConfig):
+            raise ValueError(f"{path}: transformers has no DINO: write a .safetensors file, with the official names")
         key_map = HF_DETR if isinstance(config, DETRConfig) else HF_DEFORMABLE
         file = path / "model.safetensors"
         text = json.dumps(transformers_config(config, categories), indent=2)
@@ -349,29 +379,39 @@ def save(path: str | Path, model: nnx.Module, config: ModelConfig, categories: C
 
 
 def export(model: nnx.Module, config: ModelConfig, key_map: KeyMap) -> Tensors:
-    """A model's tensors under the names, and in the layout, of an official or `transformers` key_map."""
+    """A model's tensors under the names, and in the layout, of the official code, `transformers`, or detrex's DINO."""
     rows = compile_rows(tuple((ours, theirs) for theirs, ours in key_map.rows))
     result: Tensors = {}
     for path, leaf in nnx.to_flat_state(nnx.state(model)):
         name = canonical(path)
         tensor = to_theirs(np.asarray(leaf[...], np.float32), name, path[-1] == "kernel")
         names = [name]
-        if isinstance(config, DeformableDETRConfig) and not config.box_refinement and "_embed.0." in name:
-            names = [name.replace("_embed.0.", f"_embed.{i}.") for i in range(config.decoder_layers)]
+        if isinstance(config, DeformableDETRConfig) and (head := re.search(r"(?<=_embed\.)\d+(?=\.)", name)):
+            proposals = int(head[0]) == config.decoder_heads
+            if proposals and key_map is not OFFICIAL_DINO:
+                names = [name.replace(f"_embed.{head[0]}.", f"_embed.{config.decoder_layers}.")]
+            elif proposals:
+                names = [name.replace(f"_embed.{head[0]}.", "_embed.proposals.")]
+            elif config.decoder_heads == 1:
+                names = [name.replace("_embed.0.", f"_embed.{i}.") for i in range(config.decoder_layers)]
+        if key_map is DETREX_DINO and isinstance(config, DINOConfig):
+            tensor = tensor[:-1] if name == "label_embed" else tensor
+            if (level := re.match(r"input_proj\.(\d+)", name)) and (extra := int(level[1]) - config.feature_maps) >= 0:
+                names = [f"input_proj.extra.{extra}{name[level.end() :]}"]
         for alias in names:
             translations = [t for t in rename(alias, rows) if _stored(t, config)]
             primary = translations[:1] + [t for t in translations[1:] if ".decoder." in t and "_embed." in t]
             if not primary:
                 raise ValueError(f"{key_map.title} has no name for {name}")
             result |= dict.fromkeys(primary, tensor)
-    return fused(result) if key_map in (OFFICIAL_DETR, OFFICIAL_DEFORMABLE) else result
+    return fused(result) if key_map in OFFICIAL.values() or key_map is DETREX_DINO else result
 
 
 def _stored(name: str, config: ModelConfig) -> bool:
     """Whether a checkpoint of theirs holds this name: the decoder shares the heads only where it uses them."""
     if not isinstance(config, DeformableDETRConfig) or not re.search(r"\bdecoder\.(class|bbox)_embed\.", name):
         return True
-    return config.two_stage if ".class_embed." in name else config.box_refinement
+    return config.two_stage or isinstance(config, DINOConfig) if ".class_embed." in name else config.box_refinement
 
 
 def fused(tensors: Tensors) -> Tensors:

@@ -12,7 +12,16 @@ from flax import nnx
 from detr_jax import sharding
 from detr_jax.categories import Categories
 from detr_jax.checkpoints import convert
-from detr_jax.config import Config, DataConfig, DETRConfig, LossConfig, ModelConfig, from_dict
+from detr_jax.config import (
+    Config,
+    DataConfig,
+    DeformableDETRConfig,
+    DETRConfig,
+    DINOConfig,
+    LossConfig,
+    ModelConfig,
+    from_dict,
+)
 from detr_jax.models import build
 from detr_jax.models.trainable import split
 
@@ -40,7 +49,8 @@ class Loaded:
         from detr_jax.checkpoints import store
 
         _, params, buffers = split(self.config, self.model)
-        loss = LossConfig.detr() if self.classification == "softmax" else LossConfig()
+        by_model = {DETRConfig: LossConfig.detr(), DeformableDETRConfig: LossConfig(), DINOConfig: LossConfig.dino()}
+        loss = by_model[type(self.config)]
         config = Config(self.config, loss, DataConfig(eval_scale=self.scale, max_size=self.max_size))
         with store.CheckpointWriter(str(Path(directory) / "checkpoints")) as writer:
             writer.save(0, {"params": params, "buffers": buffers}, describe_run(config, self.categories))
@@ -124,7 +134,7 @@ def initialize_from(
         nonlocal loaded
         keys = tuple(part.key for part in location[1:])
         found = theirs.pop(keys, None)
-        if (keys[0] == "class_embed" and not same_classes) or (found is None and "lora" in keys):
+        if (keys[0] in ("class_embed", "label_embed") and not same_classes) or (found is None and "lora" in keys):
             anew.append(".".join(map(str, keys)))
             return leaf
         if found is None or found.shape != leaf.shape:

@@ -111,6 +111,8 @@ class Proposals(nnx.Module):
 
         _, top = jax.lax.top_k(logits[..., 0], self.num_queries)
         capture(self, "top_tokens", top)  # [b, q]
+        capture(self, "scores", logits[..., 0])  # [b, s]
+        capture(self, "boxes", enc_outputs["pred_boxes"])  # [b, s, 4]
         reference = jax.lax.stop_gradient(jnp.take_along_axis(enc_outputs["pred_boxes"], top[..., None], 1))
         embedding = sine_boxes(reference, memory.shape[-1] // 2).astype(memory.dtype)
         query_position, target = jnp.split(self.position_norm(self.position(embedding)), 2, -1)
@@ -209,7 +211,7 @@ class DeformableDETR(MultiScaleEncoder):
             zeros = nnx.initializers.zeros
             self.reference_points = linear(c, 2, kernel_init=xavier, bias_init=zeros, rngs=rngs)
         # Separate heads a layer with refinement (one more for the proposals), one for all layers without.
-        heads = config.decoder_layers + config.two_stage if config.box_refinement else 1
+        heads = config.decoder_heads + config.two_stage
         self.class_embed = nnx.List(make_class_embed(c, config.num_classes, rngs=rngs) for _ in range(heads))
         self.bbox_embed = nnx.List(
             # The first box of a query is small: e^-2 in w and h. Refined layers and proposals start from their anchor.

@@ -77,7 +77,7 @@ class DINO(MultiScaleEncoder):
         # The official table has one row more than there are classes. Its last row is never read.
         self.label_embed = nnx.Param(normal(rngs.params(), (config.num_classes + 1, c), jnp.float32))
         # One head for all decoder layers, or one each; the last is the proposals'. All start alike.
-        heads = (1 if config.shared_heads else config.decoder_layers) + config.two_stage
+        heads = config.decoder_heads + config.two_stage
         first_class, first_box = (
             make_class_embed(c, config.num_classes, rngs=rngs),
             make_bbox_embed(c, size_bias=0.0, rngs=rngs),

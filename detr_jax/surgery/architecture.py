@@ -10,8 +10,8 @@ from flax import nnx
 from detr_jax.categories import Categories
 from detr_jax.checkpoints.convert import describe, load_backbone
 from detr_jax.checkpoints.load import Loaded
-from detr_jax.config import BackboneConfig, DeformableDETRConfig, DETRConfig, ModelConfig
-from detr_jax.models import DeformableDETR, DeformableEncoder, DETREncoder, split
+from detr_jax.config import BackboneConfig, DeformableDETRConfig, DETRConfig, DINOConfig, ModelConfig
+from detr_jax.models import DINO, DeformableDETR, DeformableEncoder, DETREncoder, split
 from detr_jax.surgery.transplant import (
     Operated,
     Origin,
@@ -56,9 +56,13 @@ def change_classes(
     softmax = isinstance(loaded.config, DETRConfig)
     head = np.array([*index, loaded.config.num_classes] if softmax else index)
     ranking = np.array([0, *(i if i != 0 else -1 for i in index[1:])])
-    last = loaded.config.decoder_layers if getattr(loaded.config, "two_stage", False) else None
+    # DINO ranks proposals by their best class, whichever it is.
+    by_first = isinstance(loaded.config, DeformableDETRConfig) and not isinstance(loaded.config, DINOConfig)
+    last = loaded.config.decoder_layers if by_first and loaded.config.two_stage else None
 
     def rule(path: Path) -> Origin:
+        if path == ("label_embed",):
+            return Origin(path, np.array([*index, loaded.config.num_classes]), axis=0)
         if path[0] != "class_embed":
             return Origin(path)
         return Origin(path, ranking if path[1] == last else head)
@@ -95,7 +99,7 @@ def change_queries(loaded: Loaded, num_queries: int, *, keep: Sequence[int] | No
     index = np.array(keep + [-1] * (num_queries - len(keep)))
 
     def rule(path: Path) -> Origin:
-        return Origin(path, index, axis=0) if path == ("query_embed",) else Origin(path)
+        return Origin(path, index, axis=0) if path[0] in ("query_embed", "anchor_embed") else Origin(path)
 
     config = dataclasses.replace(loaded.config, num_queries=num_queries)
     return transplant(loaded, config, rule, f"change_queries: {before} -> {num_queries}", seed=seed)
@@ -159,17 +163,15 @@ def _heads(old: ModelConfig, new: ModelConfig, layers: Sequence[int | None]) -> 
     if not new.box_refinement:
         return whole
 
-    def adds_to_box(config: DeformableDETRConfig, layer: int) -> bool:
-        return config.two_stage or (config.box_refinement and layer > 0)
-
     rows, source = [], next((i for i in layers if i is not None), 0)
     for i, layer in enumerate(layers):
         source = source if layer is None else layer
-        as_is = layer is not None and adds_to_box(old, layer) == adds_to_box(new, i)
-        rows.append((source if old.box_refinement else 0, as_is))
+        as_is = layer is not None and old.attends_to_boxes(layer) == new.attends_to_boxes(i)
+        rows.append((source if old.decoder_heads > 1 else 0, as_is))
+    if isinstance(new, DINOConfig) and new.shared_heads:
+        rows = [(0, True)]
     if new.two_stage:
-        last = old.decoder_layers if old.two_stage else old.decoder_layers - 1
-        rows.append((last if old.box_refinement else 0, old.two_stage))
+        rows.append((old.decoder_heads - (not old.two_stage), old.two_stage))
 
     def rule(path: Path) -> Origin | None:
         if path[0] not in ("class_embed", "bbox_embed"):
@@ -219,7 +221,7 @@ def upgrade(
         raise ValueError(f"upgrade: num_levels={levels} is less than {old.num_levels}: use prune_levels")
     refined = old.box_refinement or box_refinement or two_stage
     config = dataclasses.replace(old, num_levels=levels, box_refinement=refined, two_stage=old.two_stage or two_stage)
-    shift = min(levels, 3) - min(old.num_levels, 3)
+    shift = config.feature_maps - old.feature_maps
     places = [i - shift if 0 <= i - shift < old.num_levels else -1 for i in range(levels)]
     heads, levels_rule = _heads(old, config, range(old.decoder_layers)), by_level(old, places, new_level_logit)
 
@@ -274,4 +276,4 @@ def extract_encoder(loaded: Loaded) -> DeformableEncoder | DETREncoder:
     NNX module of its own: train it with `nnx.split`, and `nnx.state` of it saves.
     """
     model: Any = loaded.model
-    return DeformableEncoder(model) if isinstance(model, DeformableDETR) else DETREncoder(model)
+    return DeformableEncoder(model) if isinstance(model, DeformableDETR | DINO) else DETREncoder(model)

@@ -98,13 +98,13 @@ def prune_levels(loaded: Loaded, num_levels: int, *, images: Sequence[ImageLike]
     old = deformable(loaded, "prune_levels")
     if not 1 <= num_levels < old.num_levels:
         raise ValueError(f"prune_levels: num_levels={num_levels}, expected 1 to {old.num_levels - 1}")
-    first = min(old.num_levels, 3) - min(num_levels, 3)
+    config = dataclasses.replace(old, num_levels=num_levels)
+    first = old.feature_maps - config.feature_maps
     places = list(range(first, first + num_levels))
     notes = [f"levels kept: {places} of 0 to {old.num_levels - 1}"]
     if images:
         share = np.mean([weights.sum(-1).mean(0) for weights in attention(loaded, images).values()], axis=0)
         notes.append(f"attention by level: {', '.join(f'{x:.1%}' for x in share)}")
-    config = dataclasses.replace(old, num_levels=num_levels)
     what = f"prune_levels: {old.num_levels} -> {num_levels}"
     return _compared(loaded, transplant(loaded, config, by_level(old, places), what, notes=notes), images)
 
@@ -142,7 +142,7 @@ def prune_points(
         best = np.sort(np.argsort(-mean, axis=-1, kind="stable")[..., :number], axis=-1)
         shares.append(np.take_along_axis(mean, best, -1).sum() / mean.sum())
         numbers = np.arange(mean.size).reshape(mean.shape)
-        in_boxes = part == "decoder" and (old.two_stage or (old.box_refinement and layer > 0))
+        in_boxes = part == "decoder" and old.attends_to_boxes(layer)
         scaled = in_boxes and "sampling_offsets" in path
         return by_sample(path, np.take_along_axis(numbers, best, -1), scale=number / mean.shape[-1] if scaled else 1.0)
 

@@ -293,9 +293,8 @@ def _first_image(outputs: dict[str, Any], captured: dict[str, Any], points: jax.
         "encoder": all_layers("encoder", "self_attn", tokens),
     }
     if "proposals" in captured:
-        encoder = outputs["enc_outputs"]
-        top = captured["proposals"]["top_tokens"][0]
-        found["proposals"] = (encoder["pred_boxes"][0], encoder["pred_logits"][0, :, 0], top, jnp.stack(all_filled))
+        boxes, scores, top = (captured["proposals"][name][0] for name in ("boxes", "scores", "top_tokens"))
+        found["proposals"] = (boxes, scores, top, jnp.stack(all_filled))
     return layers, found
 
 
