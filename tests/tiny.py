@@ -8,6 +8,8 @@ from detr_jax.config import (
     Config,
     DataConfig,
     DeformableDETRConfig,
+    DINOConfig,
+    LossConfig,
     OptimConfig,
     TrainConfig,
 )
@@ -46,6 +48,16 @@ def config(output_dir: str | Path = "unused", **train) -> Config:
         optim=OptimConfig(lr=1e-3, ema_decay=0.9),
         train=TrainConfig(output_dir=str(output_dir), **(defaults | train)),
     )
+
+
+def dino(output_dir: str | Path = "unused", **train) -> Config:
+    """The same with DINO, and dropout beside denoising."""
+    run = config(output_dir, **train)
+    model = DINOConfig(**vars(run.model), denoising_queries=20)
+    return dataclasses.replace(run, model=model, loss=LossConfig.dino())
+
+
+RUNS = {"two_stage": config, "dino": dino}
 
 
 def write_config(path: Path, run: Config) -> Path:

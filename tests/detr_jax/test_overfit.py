@@ -21,6 +21,7 @@ from detr_jax.config import (
     DataConfig,
     DeformableDETRConfig,
     DETRConfig,
+    DINOConfig,
     LossConfig,
     OptimConfig,
     TrainConfig,
@@ -36,6 +37,7 @@ BACKBONE = BackboneConfig(depth=18, norm="group", freeze_at=0, mask_padding=True
 DC5 = dataclasses.replace(BACKBONE, dilation=True)
 SMALL = {"hidden_dim": 128, "encoder_layers": 2, "decoder_layers": 3, "ffn_dim": 256, "dropout": 0.0}
 DEFORMABLE = DeformableDETRConfig(backbone=BACKBONE, num_queries=30, **SMALL)
+DN = dataclasses.replace(DINOConfig.dn_deformable_r50(), backbone=BACKBONE, num_queries=30, **SMALL)
 FILES = {"annotations": "annotations.json", "images": "images"}
 VARIANTS = {
     "detr": (DETRConfig(backbone=BACKBONE, num_queries=30, **SMALL), 800),
@@ -44,7 +46,10 @@ VARIANTS = {
     "multi_scale": (DEFORMABLE, 500),
     "refine": (dataclasses.replace(DEFORMABLE, box_refinement=True), 500),
     "two_stage": (dataclasses.replace(DEFORMABLE, box_refinement=True, two_stage=True), 400),
+    "dino": (DINOConfig(backbone=BACKBONE, num_queries=30, **SMALL), 400),
+    "dn_deformable": (DN, 500),
 }
+LOSSES = {"detr": LossConfig.detr(), "dino": LossConfig.dino(), "dn_deformable": LossConfig.dino()}
 
 
 def eight_images(folder: Path) -> Path:
@@ -71,7 +76,7 @@ def test_overfits_eight_images(tmp_path, variant):
     files = {f"{split}_{what}": name for split in ("train", "val") for what, name in FILES.items()}
     run = Config(
         model=model,
-        loss=LossConfig.detr() if variant == "detr" else LossConfig(),
+        loss=LOSSES.get(variant, LossConfig()),
         data=DataConfig(
             root=str(eight_images(tmp_path / "data")),
             **files,

@@ -76,8 +76,9 @@ def tensors(directory: Path, step: int) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.slow
-def test_one_and_eight_devices_give_the_same_losses_and_gradients():
-    config = tiny.config()
+@pytest.mark.parametrize("model", tiny.RUNS)
+def test_one_and_eight_devices_give_the_same_losses_and_gradients(model):
+    config = tiny.RUNS[model]()
     index = load_split(config.data, "train")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=index.num_classes))
     sampler = TrainSampler(index, config.data, config.train.batch_size, config.train.seed)
@@ -120,12 +121,14 @@ def test_one_and_eight_devices_give_the_same_losses_and_gradients():
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_is_bit_identical(tmp_path, environment):
+@pytest.mark.parametrize("model", tiny.RUNS)
+def test_killed_and_resumed_is_bit_identical(model, tmp_path, environment):
     """`kill -9` in mid-run, then the same command: every tensor as in the run that nothing interrupted."""
     flags = ("--train.max-steps", "10")
-    whole = start(tiny.write_config(tmp_path / "whole.py", tiny.config(tmp_path / "whole")), environment, *flags)
+    make = tiny.RUNS[model]
+    whole = start(tiny.write_config(tmp_path / "whole.py", make(tmp_path / "whole")), environment, *flags)
     finish(whole)
-    killed = tiny.write_config(tmp_path / "killed.py", tiny.config(tmp_path / "killed"))
+    killed = tiny.write_config(tmp_path / "killed.py", make(tmp_path / "killed"))
     process = start(killed, environment, *flags)
     assert process.stdout is not None
     for line in process.stdout:
@@ -163,9 +166,11 @@ def test_interruption_saves_and_exits_0(tmp_path, environment, number):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(tmp_path, environment):
+@pytest.mark.parametrize("model", tiny.RUNS)
+def test_two_processes_give_the_losses_of_one(model, tmp_path, environment):
+    make = tiny.RUNS[model]
     single = start(
-        tiny.write_config(tmp_path / "single.py", tiny.config(tmp_path / "single")),
+        tiny.write_config(tmp_path / "single.py", make(tmp_path / "single")),
         environment,
         "--train.max-steps",
         "4",
@@ -174,7 +179,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path, environment):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    config = tiny.write_config(tmp_path / "double.py", tiny.config(tmp_path / "double"))
+    config = tiny.write_config(tmp_path / "double.py", make(tmp_path / "double"))
     processes = [
         start(
             config,

@@ -68,7 +68,8 @@ def test_the_published_size_agrees_with_pytorch():
     np.testing.assert_allclose(
         np.take_along_axis(scores, top, 1), -np.sort(-scores, 1)[:, : config.num_queries], rtol=0, atol=3e-5
     )
-    dino_cases.assert_agree(dino_cases.our_step(config, size)(targets, noise), theirs)
+    # Of millions of samples some are so near to a whole pixel that rounding picks the side whose slope counts.
+    dino_cases.assert_agree(dino_cases.our_step(config, size)(targets, noise), theirs, norm_rtol=1e-3)
 
 
 def explicit_queries(targets, noise, config):

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from transformers_weights import load, random_weights
 
-from detr_jax.config import BackboneConfig, DeformableDETRConfig, DETRConfig
+from detr_jax.config import BackboneConfig, DeformableDETRConfig, DETRConfig, DINOConfig
 from detr_jax.models import build, split
 from detr_jax.models.attention import offset_directions
 from detr_jax.models.layers import Dropout, GroupNorm, max_pool
@@ -26,6 +26,7 @@ PUBLISHED = {
     "multi_scale": (DeformableDETRConfig.r50(), 39_847_265),
     "refine": (DeformableDETRConfig.r50_refine(), 40_627_260),
     "two_stage": (DeformableDETRConfig.r50_two_stage(), 40_959_129),
+    "dino_4scale": (DINOConfig.r50_4scale(), 46_670_782),
 }
 SMALL = {
     "backbone": BackboneConfig(depth=18),
