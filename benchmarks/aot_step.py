@@ -1,8 +1,8 @@
 """A whole training step compiled ahead of time for one TPU chip: does it fit, and what does each attention path cost?
 
-The step is the one that `train.py` runs: resampling, R50 two-stage Deformable DETR, bfloat16, matching on the device,
-losses, backward and the AdamW update. Nothing runs and no TPU is needed; each path compiles for five minutes or more
-on two cores.
+The step is the one that `train.py` runs: resampling, R50 two-stage Deformable DETR or DINO-4scale with its denoising
+queries, bfloat16, matching on the device, losses, backward and the AdamW update. Nothing runs and no TPU is needed;
+each path compiles for five minutes or more on two cores.
 
     pip install 'libtpu==0.0.42.*'
     JAX_PLATFORMS=cpu python benchmarks/aot_step.py
@@ -27,28 +27,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from detr_jax.config import Config, DataConfig, DeformableDETRConfig, TrainConfig
+from detr_jax.config import Config, DataConfig, DeformableDETRConfig, DINOConfig, LossConfig, TrainConfig
 from detr_jax.data.pipeline import batches
 from detr_jax.data.sampler import TrainSampler
 from detr_jax.data.splits import load_split
+from detr_jax.denoising import num_slots
 from detr_jax.train_step import init_state, make_optimizer, make_train_step
 from pallas_kernels import ahead_of_time
 from pallas_kernels.ms_deform_attn.bench import static_costs, visits
 from pallas_kernels.ms_deform_attn.shapes import Shape
 
 SPREAD = 2.0
+MODELS = {
+    "two_stage": (DeformableDETRConfig.r50_two_stage(), LossConfig()),
+    "dino": (DINOConfig.r50_4scale(), LossConfig.dino()),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generation", choices=ahead_of_time.TOPOLOGIES, default="v5e", help="(default %(default)s)")
+    parser.add_argument("--model", choices=MODELS, default="two_stage", help="(default %(default)s)")
     parser.add_argument("--bucket", type=int, nargs=2, default=(800, 1333), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--batch-size", type=int, default=2, help="images on the chip (default %(default)s)")
     parser.add_argument("--implementations", nargs="+", default=["tensorcore", "xla"], help="(default %(default)s)")
     args = parser.parse_args()
     ahead_of_time.require_libtpu()
     height, width = args.bucket
-    print(f"one {args.generation} chip, {args.batch_size} images of {height} x {width}, R50 two-stage, bfloat16")
+    print(f"one {args.generation} chip, {args.batch_size} images of {height} x {width}, R50 {args.model}, bfloat16")
     print(f"assumed clock {ahead_of_time.CLOCK_GHZ[args.generation]} GHz; nothing was run\n")
     print(f"{'':<12}{'------- GiB -------':^30}{'------------ ms ------------':^40}{'compiled':>10}")
     print(
@@ -57,7 +63,7 @@ def main() -> None:
         flush=True,
     )
     for implementation in args.implementations:
-        print(apart(line, args.generation, (height, width), args.batch_size, implementation), flush=True)
+        print(apart(line, args.generation, args.model, (height, width), args.batch_size, implementation), flush=True)
 
 
 def apart(function: Callable, *args):
@@ -66,11 +72,11 @@ def apart(function: Callable, *args):
         return process.submit(function, *args).result()
 
 
-def line(generation: str, bucket: tuple[int, int], batch_size: int, implementation: str) -> str:
+def line(generation: str, name: str, bucket: tuple[int, int], batch_size: int, implementation: str) -> str:
     """Of the table."""
     ahead_of_time.require_libtpu()
     start = time.perf_counter()
-    compiled, layers = compile_step(generation, bucket, batch_size, implementation)
+    compiled, layers = compile_step(generation, name, bucket, batch_size, implementation)
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     assert memory is not None
@@ -97,10 +103,12 @@ def of_layer(shape: Shape, generation: str, implementation: str) -> tuple[float,
     return sum(cost.gathers for cost, _ in costs.values()), kernels
 
 
-def compile_step(generation: str, bucket: tuple[int, int], batch_size: int, implementation: str):
+def compile_step(generation: str, name: str, bucket: tuple[int, int], batch_size: int, implementation: str):
     """The compiled step; the sizes of the encoder's and the decoder's attention and how many layers have them."""
-    model = dataclasses.replace(DeformableDETRConfig.r50_two_stage(), implementation=implementation, dtype="bfloat16")
-    config = Config(model=model, data=DataConfig(root="tests/data/coco_open"), train=TrainConfig(batch_size=batch_size))
+    published, loss = MODELS[name]
+    model = dataclasses.replace(published, implementation=implementation, dtype="bfloat16")
+    data, train = DataConfig(root="tests/data/coco_open"), TrainConfig(batch_size=batch_size)
+    config = Config(model=model, loss=loss, data=data, train=train)
     index = load_split(config.data, "train")
     sampler = TrainSampler(index, config.data, batch_size, seed=0)
     _, batch = next(batches(index, sampler, [0], data_config=config.data))
@@ -121,7 +129,8 @@ def compile_step(generation: str, bucket: tuple[int, int], batch_size: int, impl
         compiled = step.trace(state, batch, bucket=bucket).lower(lowering_platforms=("tpu",)).compile()
     levels = tuple((-(-bucket[0] // stride), -(-bucket[1] // stride)) for stride in (8, 16, 32, 64))
     encoder = Shape(batch_size, levels, None, model.num_heads, model.hidden_dim // model.num_heads)
-    decoder = dataclasses.replace(encoder, queries=model.num_queries)
+    denoising = num_slots(model, sampler.max_boxes) if isinstance(model, DINOConfig) else 0
+    decoder = dataclasses.replace(encoder, queries=model.num_queries + denoising)
     return compiled, [(encoder, model.encoder_layers), (decoder, model.decoder_layers)]
 
 

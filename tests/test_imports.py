@@ -39,7 +39,7 @@ ALLOWED = {
     "export": {"checkpoints", "config", "data", "export_standalone", "models", "postprocess"},
     "surgery": BASE | {"checkpoints", "data", "models", "postprocess"},
     "visualize": BASE | {
-        "checkpoints", "curves", "data", "detector", "drawing", "evaluation", "matching", "models",
+        "checkpoints", "curves", "data", "denoising", "detector", "drawing", "evaluation", "matching", "models",
     },
     "cli": {"checkpoints", "config", "detector", "export", "postprocess", "surgery", "visualize"},
     "": {"detector", "checkpoints"},

@@ -10,6 +10,13 @@ if TYPE_CHECKING:
     from detr_jax.curves import plot_curves
     from detr_jax.drawing import class_color, compare, contact_sheet, draw_detections
     from detr_jax.visualize.attention_figures import attention_figure, encoder_figure, saliency_figure, sampling_figure
+    from detr_jax.visualize.denoising_figures import (
+        denoising_figure,
+        instability,
+        match_objects,
+        reconstruct,
+        stability_figure,
+    )
     from detr_jax.visualize.inspection import Inspection, Inspector, Saliency
     from detr_jax.visualize.mistake_figures import confusion_figure, mistakes_figure
     from detr_jax.visualize.mistakes import confusion, detect_all, find_mistakes
@@ -25,17 +32,22 @@ __all__ = [
     "confusion",
     "confusion_figure",
     "contact_sheet",
+    "denoising_figure",
     "detect_all",
     "draw_detections",
     "encoder_figure",
     "find_mistakes",
+    "instability",
+    "match_objects",
     "matching_figure",
     "mistakes_figure",
     "plot_curves",
     "proposals_figure",
+    "reconstruct",
     "refinement_figure",
     "saliency_figure",
     "sampling_figure",
+    "stability_figure",
 ]
 
 _MODULES = (
@@ -44,6 +56,7 @@ _MODULES = (
     "visualize.inspection",
     "visualize.attention_figures",
     "visualize.prediction_figures",
+    "visualize.denoising_figures",
     "visualize.mistakes",
     "visualize.mistake_figures",
 )

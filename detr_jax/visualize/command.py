@@ -211,6 +211,61 @@ def matching(
     _write(matching_figure(seen, index.boxes_xyxy[i], index.labels[i]), out)
 
 
+def denoising(
+    image: Annotated[str | None, tyro.conf.Positional] = None,
+    /,
+    *,
+    checkpoint: str,
+    out: str = "denoising.png",
+    data_root: str | None = None,
+) -> None:
+    """Noisy copies of an annotated image's objects, and what DINO reconstructs from them.
+
+    Args:
+        image: An image of the validation set; the first if none is given.
+        checkpoint: As for predict; a DINO.
+        out: File to write: .png, .jpg, .webp, .pdf or .svg.
+        data_root: A COCO-format folder; None takes that of the checkpoint's training.
+    """
+    _check_out(out)
+    from detr_jax.visualize.denoising_figures import denoising_figure, reconstruct
+    from detr_jax.visualize.mistakes import read_image
+
+    detector, index, i = _annotated(image, checkpoint, data_root, None)
+    found = reconstruct(detector, read_image(index, i), index.boxes_xyxy[i], index.labels[i])
+    _write(denoising_figure(found), out)
+
+
+def stability(
+    runs: tyro.conf.Positional[tuple[str, ...]],
+    /,
+    out: str = "stability.png",
+    num_images: int = 50,
+    data_root: str | None = None,
+) -> None:
+    """How many queries change their object from checkpoint to checkpoint (DN-DETR's instability of the matching).
+
+    Args:
+        runs: Output folders of runs that kept several checkpoints (--train.keep-last).
+        out: File to write: .png, .jpg, .webp, .pdf or .svg.
+        num_images: The first images of the validation set.
+        data_root: A COCO-format folder; None takes that of the run.
+    """
+    _check_out(out)
+    from detr_jax.checkpoints import store
+    from detr_jax.visualize.denoising_figures import match_objects, stability_figure
+
+    if not runs:
+        raise ValueError("no runs given: detr-jax visualize stability RUN...")
+    found: dict[str, dict] = {}
+    for name, run in zip(_short_names(runs), runs, strict=True):
+        by_step = found[name] = {}
+        for step in store.steps(run):
+            detector, index, _ = _annotated(None, str(Path(run) / "checkpoints" / str(step)), data_root, None)
+            by_step[step] = match_objects(detector, index, range(min(num_images, len(index))))
+    _write(stability_figure(found), out)
+
+
 def truth(
     image: Annotated[str | None, tyro.conf.Positional] = None,
     /,
@@ -312,9 +367,8 @@ def curves(
         raise ValueError("no runs given: detr-jax visualize curves RUN...")
     from detr_jax.curves import plot_curves
 
-    names = [Path(run).name for run in runs]
-    names = names if len(set(names)) == len(names) else runs
-    _write(plot_curves({name: _metrics_file(run) for name, run in zip(names, runs, strict=True)}, x=x), out)
+    files = {name: _metrics_file(run) for name, run in zip(_short_names(runs), runs, strict=True)}
+    _write(plot_curves(files, x=x), out)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -325,6 +379,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "refinement": refinement,
     "proposals": proposals,
     "matching": matching,
+    "denoising": denoising,
+    "stability": stability,
     "truth": truth,
     "mistakes": mistakes,
     "confusion": confusion,
@@ -397,6 +453,12 @@ def _annotated(
             f"known; {names[0]} is one of them"
         )
     return detector, index, names.index(Path(image).name)
+
+
+def _short_names(runs: Sequence[str]) -> Sequence[str]:
+    """The folders' names, or their paths where two have the same."""
+    names = [Path(run).name for run in runs]
+    return names if len(set(names)) == len(names) else runs
 
 
 def _metrics_file(run: str) -> Path:

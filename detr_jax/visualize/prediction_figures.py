@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from detr_jax.config import LossConfig
+from detr_jax.config import DINOConfig, LossConfig
 from detr_jax.matching import match, match_cost
 from detr_jax.visualize.inspection import Inspection, Sampling
 from detr_jax.visualize.panels import (
@@ -192,6 +192,7 @@ def matched(
     """Each object's query after each layer, int [layers, t] (-1: none), and what the pair costs, float [layers, t]."""
     if config is None:
         config = LossConfig.detr() if seen.classification == "softmax" else LossConfig()
+        config = LossConfig.dino() if isinstance(seen.config, DINOConfig) else config
     boxes = np.asarray(true_boxes_xyxy, np.float32) / np.tile(np.array(seen.image.size, np.float32), 2)
     boxes = np.concatenate([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], 1)
     labels = np.asarray(true_labels, np.int32)

@@ -37,6 +37,7 @@ SHAPES = {
     "encoder_800x1333_single_scale": Shape(2, COCO_WIDE[2:3], None),
     "encoder_800x1333_dc5": Shape(2, COCO_WIDE[1:2], None),
     "decoder_800x1333": Shape(2, COCO_WIDE),
+    "decoder_dino_800x1333": Shape(2, COCO_WIDE, 900 + 200),  # queries and denoising queries
     "encoder_bccd_demo": Shape(4, ((30, 40), (15, 20), (8, 10)), None, head_dim=16),
 }
 

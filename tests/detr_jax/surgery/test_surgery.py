@@ -21,6 +21,7 @@ from detr_jax.config import (
     Config,
     DeformableDETRConfig,
     DETRConfig,
+    DINOConfig,
     LossConfig,
     TuneConfig,
     model_from_dict,
@@ -46,6 +47,9 @@ SINGLE = dataclasses.replace(MULTI, num_levels=1)
 REFINED = dataclasses.replace(MULTI, box_refinement=True, decoder_layers=2)
 TWO_STAGE = dataclasses.replace(REFINED, two_stage=True)
 DETR = DETRConfig(**SMALL)
+DINO = DINOConfig(
+    **SMALL | {"decoder_layers": 2}, num_levels=2, encoder_points=2, decoder_points=2, denoising_queries=2
+)
 SIZES = np.array([[64, 64], [50, 64]])
 IMAGES = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
 
@@ -188,7 +192,7 @@ def test_operated_models_train_and_survive_a_checkpoint(name, tmp_path):
     assert_trains(new, tmp_path, moves=moves)
 
 
-@pytest.mark.parametrize("config", [MULTI, TWO_STAGE, DETR], ids=["multi", "two_stage", "detr"])
+@pytest.mark.parametrize("config", [MULTI, TWO_STAGE, DETR, DINO], ids=["multi", "two_stage", "detr", "dino"])
 def test_classes_are_kept_by_name(config, tmp_path):
     old = loaded(config)
     before = {path: value.copy() for path, value in tensors(old.model).items()}
@@ -204,7 +208,13 @@ def test_classes_are_kept_by_name(config, tmp_path):
     if config is TWO_STAGE:
         assert_close(now["enc_outputs"]["pred_logits"][..., 0], was["enc_outputs"]["pred_logits"][..., 0])
     assert "classes kept: platelet, erythrocyte" in str(new.changes) and "classes gone: WBC" in str(new.changes)
-    assert all(name.startswith("class_embed") for name in new.changes.changed) and not new.changes.new
+    assert all(name.startswith(("class_embed", "label_embed")) for name in new.changes.changed)
+    assert not new.changes.new
+    if config is DINO:
+        # Its proposals are ranked by their best class: logits stay where a kept class is the best.
+        assert_close(now["interm_outputs"]["pred_boxes"], was["interm_outputs"]["pred_boxes"])
+        was_rows, now_rows = (detector.model.label_embed[...] for detector in (old, new))
+        np.testing.assert_array_equal(now_rows[[1, 2, 4]], was_rows[[2, 0, 3]])
     for path, value in tensors(old.model).items():  # the old one is as it was
         np.testing.assert_array_equal(value, before[path])
     if config is DETR:
@@ -252,7 +262,9 @@ def test_queries_of_two_stage_are_the_best_proposals():
     assert_close(now["pred_logits"], was["pred_logits"])
 
 
-@pytest.mark.parametrize("config", [MULTI, REFINED, TWO_STAGE, DETR], ids=["multi", "refined", "two_stage", "detr"])
+@pytest.mark.parametrize(
+    "config", [MULTI, REFINED, TWO_STAGE, DETR, DINO], ids=["multi", "refined", "two_stage", "detr", "dino"]
+)
 def test_dropping_the_last_decoder_layer_gives_the_auxiliary_outputs(config):
     old = loaded(config, decoder_layers=2)
     short = surgery.change_layers(old, decoder=[0])
@@ -268,6 +280,25 @@ def test_dropping_the_last_decoder_layer_gives_the_auxiliary_outputs(config):
     kept = run(long)["aux_outputs"]
     assert_close(kept["pred_logits"][0], now["pred_logits"])
     assert_close(kept["pred_boxes"][0], now["pred_boxes"])
+
+
+def test_dino_trains_after_surgery_and_with_adapters(tmp_path):
+    old = loaded(DINO, num_levels=3, num_queries=4)
+    new = surgery.change_queries(surgery.prune_levels(old, 2), 6)
+    assert new.config == DINO and "query_embed" in new.changes.changed
+    assert_trains(new, tmp_path, moves=("query_embed", "query_position", "proposals", "bbox_embed", "decoder.1.ffn"))
+    tuned = surgery.add_lora(new, 2)
+    assert_close(run(tuned)["pred_boxes"], run(new)["pred_boxes"])
+    merged = surgery.merge_lora(tuned)
+    assert_close(run(merged)["pred_boxes"], run(new)["pred_boxes"])
+
+
+def test_dino_with_heads_of_its_own_layers():
+    old = loaded(DINO, shared_heads=False)
+    new = surgery.change_layers(old, decoder=[1])
+    kept = [(path, origin) for path, origin in ((("class_embed", 0, "bias"), 1), (("class_embed", 1, "bias"), 2))]
+    for path, origin in kept:
+        np.testing.assert_array_equal(tensors(new.model)[path], tensors(old.model)[("class_embed", origin, "bias")])
 
 
 def test_a_new_refined_layer_starts_with_the_boxes_before_it():
