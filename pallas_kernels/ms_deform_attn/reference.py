@@ -58,17 +58,30 @@ def bilinear(
     """
     sizes = np.array([(width, height) for height, width in spatial_shapes], np.int32)[:, None]  # [l, 1, 2]
     level_start = np.cumsum([0, *(height * width for height, width in spatial_shapes[:-1])], dtype=np.int32)[:, None]
-    position = locations * sizes - 0.5
+    token, share = corners(locations * sizes - 0.5, sizes)
+    return level_start[..., None] + token, weights[..., None] * share
+
+
+def corners(position: jax.Array, sizes: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """The four pixels around each point and their bilinear weights, zero outside the map.
+
+    Args:
+        position: float32 `[..., 2]`, (column, row) in pixels; 0 is the center of the first one.
+        sizes: int32, (width, height), of a shape that broadcasts with `position`.
+
+    Returns:
+        Pixels (int32, row by row) and weights, both `[..., 4]`.
+    """
     low = jnp.floor(position)
     neighbours = []
     for pixel, share in ((low, low + 1 - position), (low + 1, position - low)):
         inside = (pixel >= 0) & (pixel < sizes)
         neighbours.append((jnp.clip(pixel, 0, sizes - 1).astype(jnp.int32), jnp.where(inside, share, 0)))
-    tokens, products = [], []
+    pixels, shares = [], []
     for (row, share_y), (column, share_x) in itertools.product(neighbours, neighbours):
-        tokens.append(level_start + row[..., 1] * sizes[..., 0] + column[..., 0])
-        products.append(weights * share_y[..., 1] * share_x[..., 0])
-    return jnp.stack(tokens, -1), jnp.stack(products, -1)
+        pixels.append(row[..., 1] * sizes[..., 0] + column[..., 0])
+        shares.append(share_y[..., 1] * share_x[..., 0])
+    return jnp.stack(pixels, -1), jnp.stack(shares, -1)
 
 
 @jax.custom_vjp

@@ -80,7 +80,7 @@ def ms_deform_attn_tensorcore(
     value = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, -d % 16))).transpose(0, 2, 3, 1)
     is_query = order.is_token if permute or (in_blocks and q == order.length) else np.ones(q, bool)
     x, y, weight = in_tiles(sampling_locations, attention_weights, is_query, order)
-    output = jnp.asarray(_attend(value, x, y, weight, order, interpret))  # [b, h, d, queries]
+    output = jnp.asarray(attend_tiles(value, x, y, weight, order, interpret))  # [b, h, d, queries]
     output = output.transpose(0, 3, 1, 2)[..., :d]
     return order.from_blocks(output) if permute else output[:, :q]
 
@@ -104,10 +104,13 @@ def in_tiles(
     width, height = sizes[:, 0], sizes[:, 1]
     x = rows(sampling_locations[..., 0]) * width - 0.5
     y = rows(sampling_locations[..., 1]) * height - 0.5
-    inside = (x >= -1) & (x < width) & (y >= -1) & (y < height)
-    inside &= np.pad(is_query, (0, -q % TILE))
-    weight = jnp.where(inside, rows(attention_weights), 0)
-    return jnp.where(inside, x, OUTSIDE), jnp.where(inside, y, OUTSIDE), weight
+    return drop_outside(x, y, rows(attention_weights), np.pad(is_query, (0, -q % TILE)), width, height)
+
+
+def drop_outside(x, y, weight, is_query, width, height) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Columns, rows and weights with `OUTSIDE` and weight 0 where a point is outside the map or of no query."""
+    inside = is_query & (x >= -1) & (x < width) & (y >= -1) & (y < height)
+    return jnp.where(inside, x, OUTSIDE), jnp.where(inside, y, OUTSIDE), jnp.where(inside, weight, 0)
 
 
 def touched(x: jax.Array, y: jax.Array, order: BlockOrder, points: int, interpret: bool) -> tuple[jax.Array, jax.Array]:
@@ -146,7 +149,7 @@ def touched(x: jax.Array, y: jax.Array, order: BlockOrder, points: int, interpre
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(value, x, y, weight, order, interpret) -> jax.Array:
+def attend_tiles(value, x, y, weight, order, interpret) -> jax.Array:
     """`[b, h, d, length]` and three times `[b, h, l * p, n * 128]` -> `[b, h, d, n * 128]`."""
     return _attend_forward(value, x, y, weight, order, interpret)[0]
 
@@ -196,7 +199,7 @@ def _attend_backward(order, interpret, residuals, gradient):
     return jnp.concatenate(grad_values, 3), *(sum(z[1:], z[0]) for z in zip(*grad_samples, strict=True))
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+attend_tiles.defvjp(_attend_forward, _attend_backward)
 
 
 def _call(kernel: Callable, name: str, arrays, extents, order: BlockOrder, part: Part, outputs, scratch, interpret):
