@@ -28,15 +28,13 @@ import numpy as np
 
 from pallas_kernels.ms_deform_attn.gpu import ms_deform_attn_gpu
 from pallas_kernels.ms_deform_attn.reference import ms_deform_attn_reference
-from pallas_kernels.ms_deform_attn.shapes import SHAPES, Shape
+from pallas_kernels.ms_deform_attn.shapes import SHAPES, Shape, problem
 from pallas_kernels.ms_deform_attn.xla import ms_deform_attn_xla
 
 TINY = {
     "encoder_tiny": Shape(1, ((3, 4), (2, 2)), None, heads=2, head_dim=16, points=2),
     "decoder_tiny": Shape(1, ((3, 4), (2, 2)), 5, heads=2, head_dim=16, points=2),
 }
-SPREAD = 2.0
-"""Standard deviation of the sampling offsets around their initial values, in pixels of each level."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -130,43 +128,6 @@ def compare(
             name: float(np.median(seconds[name])) if name in runs else None for name in [*kernels, "official"]
         }
     return times
-
-
-def problem(shape: Shape, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Value, locations, weights and the output's gradient.
-
-    Each query samples around its own place, as in a model that starts to train: points `1 ... p` pixels away in the
-    direction of the head, plus noise. Positions keep 0.01 pixel away from pixel centers, where the gradient jumps.
-    """
-    rng = np.random.default_rng(0)
-    b, h, p = shape.batch, shape.heads, shape.points
-    if shape.queries is None:
-        places = np.concatenate(
-            [
-                np.stack(np.meshgrid((np.arange(w) + 0.5) / w, (np.arange(h_) + 0.5) / h_), -1).reshape(-1, 2)
-                for h_, w in shape.spatial_shapes
-            ]
-        )
-    else:
-        places = rng.uniform(0, 1, (shape.queries, 2))
-    angle = 2 * np.pi * np.arange(h) / h
-    direction = np.stack([np.cos(angle), np.sin(angle)], -1)
-    initial = direction[:, None, None] * np.arange(1, p + 1)[:, None]  # [h, 1, p, 2]
-    sizes = np.array([(w, h_) for h_, w in shape.spatial_shapes])[:, None]  # [l, 1, 2]
-    noise = SPREAD * rng.standard_normal((b, len(places), h, len(sizes), p, 2))
-    position = places[:, None, None, None] * sizes - 0.5 + initial + noise
-    cell = np.floor(position)
-    locations = (cell + np.clip(position - cell, 0.01, 0.99) + 0.5) / sizes
-    weights = rng.uniform(0, 1, locations.shape[:-1])
-    value = rng.standard_normal((b, shape.tokens, h, shape.head_dim), np.float32)
-    gradient = rng.standard_normal((b, len(places), h, shape.head_dim), np.float32)
-    weights /= weights.sum((-1, -2), keepdims=True)
-    return (
-        jnp.asarray(value, dtype),
-        jnp.asarray(locations, jnp.float32),
-        jnp.asarray(weights, jnp.float32),
-        jnp.asarray(gradient, dtype),
-    )
 
 
 def forward(kernel: Callable, spatial_shapes) -> Callable:

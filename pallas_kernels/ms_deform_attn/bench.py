@@ -26,7 +26,7 @@ import numpy as np
 from pallas_kernels import ahead_of_time
 from pallas_kernels.ms_deform_attn.api import IMPLEMENTATIONS, ms_deform_attn
 from pallas_kernels.ms_deform_attn.order import block_order
-from pallas_kernels.ms_deform_attn.shapes import SHAPES, Shape
+from pallas_kernels.ms_deform_attn.shapes import SHAPES, Shape, initial_offsets, query_centers
 from pallas_kernels.ms_deform_attn.tensorcore import TILES, UNROLL, in_tiles, touched
 
 SPREADS = (0.0, 2.0, 8.0)
@@ -61,7 +61,7 @@ def main() -> None:
         print_timed(shape, dtype, args.implementations or list(IMPLEMENTATIONS), args.repeats)
 
 
-class Problem(NamedTuple):
+class LayerInputs(NamedTuple):
     """Arguments of `layer`."""
 
     parameters: dict[str, dict[str, jax.Array]]
@@ -70,21 +70,17 @@ class Problem(NamedTuple):
     query: jax.Array
     """`[b, q, c]`."""
     reference: jax.Array
-    """`[b, q, 2]`."""
+    """`[b, q, 2]`, (x, y) in 0-1."""
 
 
-def problem(shape: Shape, dtype: jnp.dtype, spread: float) -> Problem:
-    """A random one: every query samples around its own place, as a model that starts to train does.
+def layer_inputs(shape: Shape, dtype: jnp.dtype, spread: float) -> LayerInputs:
+    """Random ones, with which the layer samples as in `shapes.problem`.
 
-    The offsets come from the bias (point `i` of a head `i` pixels away in the head's direction) and from tokens that
-    make them spread by `spread` pixels.
+    The offsets come from the bias (`initial_offsets`) and from tokens that make them spread by `spread` pixels.
     """
     rng = np.random.default_rng(0)
     c, samples = shape.heads * shape.head_dim, shape.heads * len(shape.spatial_shapes) * shape.points
-    angle = 2 * np.pi * np.arange(shape.heads) / shape.heads
-    direction = np.stack([np.cos(angle), np.sin(angle)], -1)
-    direction /= np.abs(direction).max(-1, keepdims=True)
-    offsets = direction[:, None, None] * np.arange(1, shape.points + 1)[:, None]  # [h, 1, p, 2]
+    offsets = initial_offsets(shape)[:, None]  # [h, 1, p, 2]
     offsets = np.broadcast_to(offsets, (shape.heads, len(shape.spatial_shapes), shape.points, 2)).reshape(samples, 2)
 
     def normal(*size, scale=1.0):
@@ -100,20 +96,15 @@ def problem(shape: Shape, dtype: jnp.dtype, spread: float) -> Problem:
         "weights": linear(samples, np.zeros(samples)),
         "output": linear(c, np.zeros(c)),
     }
-    places = np.concatenate(
-        [
-            np.stack(np.meshgrid((np.arange(w) + 0.5) / w, (np.arange(h) + 0.5) / h), -1).reshape(-1, 2)
-            for h, w in shape.spatial_shapes
-        ]
+    centers = query_centers(shape, rng)
+    reference = jnp.broadcast_to(jnp.asarray(centers, jnp.float32), (shape.batch, *centers.shape))
+    return LayerInputs(
+        parameters, normal(shape.batch, shape.tokens, c), normal(shape.batch, len(centers), c), reference
     )
-    if shape.queries is not None:
-        places = rng.uniform(0, 1, (shape.queries, 2))
-    reference = jnp.broadcast_to(jnp.asarray(places, jnp.float32), (shape.batch, *places.shape))
-    return Problem(parameters, normal(shape.batch, shape.tokens, c), normal(shape.batch, len(places), c), reference)
 
 
 def layer(shape: Shape, implementation: str) -> Callable[..., jax.Array]:
-    """The paper's module (section 4.1) as a function of `problem`, in the order of `in_order`."""
+    """The paper's module (section 4.1) as a function of `LayerInputs`, in the order of `in_order`."""
     in_blocks = implementation == "tensorcore"
 
     def run(parameters, tokens, query, reference):
@@ -156,7 +147,7 @@ def both_passes(run: Callable) -> Callable:
     return passes
 
 
-def in_order(shape: Shape, implementation: str, arrays: Problem) -> Problem:
+def in_order(shape: Shape, implementation: str, arrays: LayerInputs) -> LayerInputs:
     """For `tensorcore`: tokens in block order, and what belongs to the queries, if these are the tokens."""
     if implementation != "tensorcore":
         return arrays
@@ -170,7 +161,7 @@ def print_timed(shape: Shape, dtype: jnp.dtype, implementations: list[str], repe
     print(f"{jax.devices()[0].device_kind}; ms, median of {repeats}\n")
     print(f"{'implementation':<16}{'spread px':>10}{'forward':>10}{'both':>10}", flush=True)
     for spread in SPREADS:
-        arrays = problem(shape, dtype, spread)
+        arrays = layer_inputs(shape, dtype, spread)
         for name in implementations:
             inputs, run = in_order(shape, name, arrays), layer(shape, name)
             try:
@@ -240,7 +231,7 @@ def static_costs(
     shape: Shape, dtype: jnp.dtype, generation: str, implementation: str, folder: Path
 ) -> dict[str, tuple[ahead_of_time.Cost, dict[ahead_of_time.Kernel, "Count"]]]:
     """Of the forward pass and of what the backward adds: the cost outside of kernels, and the kernels' bundles."""
-    arrays = jax.eval_shape(lambda: in_order(shape, implementation, problem(shape, dtype, 0.0)))
+    arrays = jax.eval_shape(lambda: in_order(shape, implementation, layer_inputs(shape, dtype, 0.0)))
     run = layer(shape, implementation)
     gradient = jax.ShapeDtypeStruct(arrays.query.shape, dtype)
     before, costs = ahead_of_time.Cost(), {}
@@ -259,7 +250,7 @@ def static_costs(
 
 def visits(shape: Shape, spread: float) -> np.ndarray:
     """How many units each tile of each image and head visits, `[b, h, n]`."""
-    arrays = problem(shape, jnp.dtype("float32"), spread)
+    arrays = layer_inputs(shape, jnp.dtype("float32"), spread)
     order = block_order(shape.spatial_shapes)
     _, locations, weights = jax.jit(functools.partial(samples, shape))(*arrays)
     is_query = np.ones(locations.shape[1], bool)
