@@ -44,22 +44,46 @@ def deform_conv_tensorcore(
     value = order.to_blocks(x.reshape(b, height * width, offset_groups, d))
     value = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, -d % 16))).transpose(0, 2, 3, 1)
 
-    def rows(z):
-        """`[b, h, w, g, t, ...]` -> float32 `[b, g, 1, t * queries, ...]`."""
-        z = output_order.to_blocks(z.astype(jnp.float32).reshape(b, h * w, *z.shape[3:]))
-        z = jnp.moveaxis(z, 1, 3)
-        return z.reshape(b, offset_groups, 1, -1, *z.shape[4:])
-
-    places = jnp.asarray(grid(h, w, taps, stride, padding, dilation))[None, :, :, None]
-    position = rows(offsets.astype(jnp.float32) + places)
-    weight = rows(jnp.ones(offsets.shape[:-1]) if modulation is None else modulation)
-    is_query = jnp.tile(output_order.is_token, taps)
-    samples = drop_outside(position[..., 0], position[..., 1], weight, is_query, width, height)
-    columns = jnp.asarray(attend_tiles(value, *samples, order, interpret))  # [b, g, d, t * queries]
-    columns = columns[:, :, :d].reshape(b, c, taps, output_order.length)
-    columns = columns.reshape(b, groups, c // groups, taps, output_order.length)
+    samples = in_tiles(offsets, modulation, (height, width), stride=stride, padding=padding, dilation=dilation)
+    columns = jnp.asarray(attend_tiles(value, *samples, order, interpret))  # [b, g * t, d, queries]
+    columns = columns[:, :, :d].reshape(b, offset_groups, taps, d, -1).swapaxes(1, 2)
+    columns = columns.reshape(b, taps, groups, c // groups, output_order.length)
     kernel = kernel.reshape(taps, c // groups, groups, -1).astype(x.dtype)
     precision = "highest" if x.dtype == jnp.float32 else None
-    output = jnp.einsum("bgctq,tcgo->bqgo", columns, kernel, precision=precision, preferred_element_type=jnp.float32)
+    output = jnp.einsum("btgcq,tcgo->bqgo", columns, kernel, precision=precision, preferred_element_type=jnp.float32)
     output = output.astype(x.dtype).reshape(b, output_order.length, -1)
     return output_order.from_blocks(output).reshape(b, h, w, -1)
+
+
+def in_tiles(
+    offsets: jax.Array,
+    modulation: jax.Array | None,
+    size: tuple[int, int],
+    *,
+    stride: int,
+    padding: int,
+    dilation: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The kernels' view of the samples: columns, rows (in pixels) and weights, of whole tiles of output pixels.
+
+    Args:
+        offsets: `[b, h, w, g, t, 2]`.
+        modulation: `[b, h, w, g, t]` or `None`.
+        size: height and width of the input.
+        stride: of the convolution.
+        padding: of the convolution.
+        dilation: of the convolution.
+
+    Returns:
+        float32 `[b, g * t, 1, n * 128]`, three times, as `drop_outside` leaves them.
+    """
+    b, h, w, _, taps, _ = offsets.shape
+    order = block_order([(h, w)])
+
+    def rows(z):
+        return order.to_blocks(z.astype(jnp.float32).reshape(b, h * w, -1)).swapaxes(1, 2)[:, :, None]
+
+    places = jnp.asarray(grid(h, w, taps, stride, padding, dilation))[:, :, None]
+    column, row = (rows(offsets[..., axis].astype(jnp.float32) + places[..., axis]) for axis in range(2))
+    weight = rows(jnp.ones(offsets.shape[:-1]) if modulation is None else modulation)
+    return drop_outside(column, row, weight, order.is_token, size[1], size[0])

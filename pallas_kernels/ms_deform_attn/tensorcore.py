@@ -139,9 +139,12 @@ def touched(x: jax.Array, y: jax.Array, order: BlockOrder, points: int, interpre
         interpret=interpret,
         name="ms_deform_attn_touched",
     )(x, y)
-    rows = np.concatenate([UNIT * sum(groups[:i]) + np.arange(bands) for i, (bands, _) in enumerate(order.grids)])
+    starts = UNIT * (np.cumsum(groups) - groups)
+    rows = [slice(start, start + bands) for start, (bands, _) in zip(starts, order.grids, strict=True)]
     width = np.repeat([width for _, width in order.spatial_shapes], [bands for bands, _ in order.grids])
-    leftmost, rightmost = (z[:, :, rows].swapaxes(2, 3) for z in (leftmost, rightmost))  # [b, h, n, bands]
+    leftmost, rightmost = (
+        jnp.concatenate([z[:, :, span] for span in rows], 2).swapaxes(2, 3) for z in (leftmost, rightmost)
+    )  # [b, h, n, bands]
     first = jnp.maximum(jnp.floor(leftmost), 0) // UNIT
     end = jnp.minimum(jnp.floor(rightmost) + 1, width - 1) // UNIT + 1
     first, end = (jnp.where(leftmost <= rightmost, z, 0).astype(jnp.int32) for z in (first, end))
@@ -150,7 +153,10 @@ def touched(x: jax.Array, y: jax.Array, order: BlockOrder, points: int, interpre
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def attend_tiles(value, x, y, weight, order, interpret) -> jax.Array:
-    """`[b, h, d, length]` and three times `[b, h, l * p, n * 128]` -> `[b, h, d, n * 128]`."""
+    """`[b, h, d, length]` and three times `[b, h * m, l * p, n * 128]` -> `[b, h * m, d, n * 128]`.
+
+    Each head of the values has `m` consecutive heads of samples; in attention `m` is 1.
+    """
     return _attend_forward(value, x, y, weight, order, interpret)[0]
 
 
@@ -159,7 +165,8 @@ def _attend_forward(value, x, y, weight, order, interpret):
     d, dtype = value.shape[2], value.dtype
     # A unit's values are there twice (the next head's are fetched meanwhile), and a copy in both halves of the lanes.
     pieces = parts(order, _units(2 * PIXELS * d * dtype.itemsize + TILE * d * dtype.itemsize))
-    output = jax.ShapeDtypeStruct((*value.shape[:3], x.shape[3]), dtype if len(pieces) == 1 else jnp.float32)
+    shape = (*x.shape[:2], d, x.shape[3])
+    output = jax.ShapeDtypeStruct(shape, dtype if len(pieces) == 1 else jnp.float32)
     outputs = []
     for part in pieces:
         scratch = [
@@ -210,21 +217,32 @@ def _call(kernel: Callable, name: str, arrays, extents, order: BlockOrder, part:
     b, h, n = walks.shape[:3]
     points = x.shape[2] // len(order.spatial_shapes)
     tiles = min(TILES, n)
+    steps = pl.cdiv(n, tiles)
+    shared = h // value.shape[1]  # heads of samples to one of the values
     # A kernel's SMEM block must be whole in its last two axes.
     walks = jnp.pad(walks, ((0, 0), (0, 0), (0, -n % tiles), (0, 0))).reshape(b, h, -1, 1, tiles * walks.shape[3])
 
     def whole(z):
         return pl.BlockSpec((1, 1, *z.shape[2:]), lambda b, h, t, *_: (b, h, 0, 0))
 
-    def tiled(z):
-        return pl.BlockSpec((1, 1, z.shape[2], tiles * TILE), lambda b, h, t, *_: (b, h, 0, t))
+    def place(h, t):
+        return h * shared + lax.div(t, steps), lax.rem(t, steps)
 
-    smem = pl.BlockSpec((1, 1, 1, *walks.shape[3:]), lambda b, h, t, *_: (b, h, t, 0, 0), memory_space=pltpu.SMEM)
+    def tiled(z):
+        def index(b, h, t, *_):
+            head, step = place(h, t)
+            return b, head, 0, step
+
+        return pl.BlockSpec((1, 1, z.shape[2], tiles * TILE), index)
+
+    smem = pl.BlockSpec(
+        (1, 1, 1, *walks.shape[3:]), lambda b, h, t, *_: (b, *place(h, t), 0, 0), memory_space=pltpu.SMEM
+    )
     return pl.pallas_call(
         functools.partial(kernel, bands=part.bands, points=points, tiles=tiles, total=n),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(b, h, pl.cdiv(n, tiles)),
+            grid=(b, value.shape[1], shared * steps),
             in_specs=[smem, whole(value), *map(tiled, arrays[1:])],
             out_specs=[whole(z) if name == "backward" and i == 0 else tiled(z) for i, z in enumerate(outputs)],
             scratch_shapes=[

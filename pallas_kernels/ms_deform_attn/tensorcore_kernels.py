@@ -163,7 +163,7 @@ def forward_kernel(
         output_ref[0, 0, :, lanes] = sum_ref[...].astype(output_ref.dtype)
         return 0
 
-    lax.fori_loop(0, jnp.minimum(tiles, total - pl.program_id(2) * tiles), tile, 0)
+    lax.fori_loop(0, jnp.minimum(tiles, total - lax.rem(pl.program_id(2), pl.cdiv(total, tiles)) * tiles), tile, 0)
 
 
 def backward_kernel(
@@ -276,7 +276,7 @@ def backward_kernel(
         grad_y_ref[0, 0, :, lanes] = weight * (lower - upper)
         return 0
 
-    lax.fori_loop(0, jnp.minimum(tiles, total - pl.program_id(2) * tiles), tile, 0)
+    lax.fori_loop(0, jnp.minimum(tiles, total - lax.rem(pl.program_id(2), pl.cdiv(total, tiles)) * tiles), tile, 0)
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():
