@@ -33,10 +33,10 @@ def deform_conv(
 
         y(p) = sum_t kernel_t . m_t(p) . x(p + p_t + offset_t(p))
 
-    with `p_t` the place of tap `t` in a plain convolution, `x` between pixels bilinear, and zero outside. Differentiable
-    in all four arrays; where a sample lies exactly on a pixel's center, where there is a kink, the gradient of its
-    offset is that of the cell on its right and below, as in torchvision. Under a mesh (`jax.set_mesh`), the batch is
-    split over the axis `batch_axis`, where the mesh has it and it divides.
+    with `p_t` the place of tap `t` in a plain convolution, `x` between pixels bilinear, and zero outside. It is
+    differentiable in all four arrays. Where a sample lies exactly on a pixel's center there is a kink: the gradient of
+    its offset is that of the cell on its right and below, as in torchvision. Under a mesh (`jax.set_mesh`), the batch
+    is split over the axis `batch_axis`, where the mesh has it and it divides.
 
     There are two kinds of groups, each independent of the other. The `g` *offset groups* (`deform_groups` of
     mmdetection) are consecutive channels that share offsets, as many as `offsets` has. `groups` are those of an

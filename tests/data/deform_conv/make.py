@@ -1,6 +1,6 @@
 """Writes the stored outputs and gradients of torchvision's `deform_conv2d` that `test_deform_conv.py` compares with.
 
-Run in an environment with torchvision (these: torchvision 0.29.1, torch 2.14.1): `python tests/data/deform_conv/make.py`.
+Run `python tests/data/deform_conv/make.py` in an environment with torchvision (these: 0.29.1, torch 2.14.1).
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""`deform_conv` against a NumPy loop, finite differences, torchvision and a plain convolution; its kernel; its errors."""
+"""`deform_conv` against a NumPy loop, finite differences, torchvision and a convolution; its kernel; its errors."""
 
 import dataclasses
 import functools
