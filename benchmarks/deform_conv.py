@@ -1,7 +1,7 @@
 """What a deformable 3x3 convolution costs at the sizes of a ResNet's stages on an image of 800 x 1333.
 
-Timed on the device that JAX computes on, forward and forward + backward: `deform_conv` (version 2, one offset group), a
-plain convolution of the same size and, where it is installed and JAX computes on a CPU, `torchvision.ops.deform_conv2d`.
+Timed on the device that JAX computes on, forward and forward + backward: `deform_conv` (version 2, one offset group),
+a plain convolution of the same size and, on a CPU where it is installed, `torchvision.ops.deform_conv2d`.
 
     python benchmarks/deform_conv.py
 

@@ -13,7 +13,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 @dataclasses.dataclass(frozen=True)
 class BackboneConfig:
-    """A ResNet with torchvision's semantics (stride in the 3x3 convolution)."""
+    """A ResNet or ResNeXt with torchvision's semantics (stride in the 3x3 convolution)."""
 
     depth: Literal[18, 34, 50, 101] = 50
     """Number of layers."""
@@ -25,6 +25,42 @@ class BackboneConfig:
     """Layers that are not trained: 0 none, 1 the stem, 2 the stem and the first stage (the published configs)."""
     mask_padding: bool = False
     """Zero the padding after every layer: an image gives the same boxes in any bucket. Off in the official code."""
+    groups: int = 1
+    """Groups of the 3x3 convolutions: ResNeXt's cardinality (Xie et al., CVPR 2017)."""
+    group_width: int = 64
+    """Channels of a group in the first stage; each stage has twice as many as the one before."""
+    deform_version: Literal[0, 1, 2] = 0
+    """Deformable 3x3 convolutions in C3 to C5: 1 (Dai et al., 2017), 2 with modulation (Zhu et al., 2019), 0 none."""
+    deform_groups: int = 1
+    """Groups of channels with offsets of their own, in a deformable convolution."""
+
+    def __post_init__(self):
+        for name in ("groups", "group_width", "deform_groups"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"model.backbone.{name}={value} must be at least 1")
+        width = self.groups * self.group_width
+        if self.depth < 50 and (self.groups, self.group_width) != (1, 64):
+            raise ValueError(
+                f"model.backbone.groups={self.groups} with group_width={self.group_width} needs bottleneck blocks: "
+                f"set model.backbone.depth to 50 or 101, got {self.depth}"
+            )
+        if self.norm == "group" and width % 32:
+            raise ValueError(f"model.backbone.groups * group_width = {width} must be a multiple of 32 for norm='group'")
+        if 2 * width % self.deform_groups:
+            raise ValueError(
+                f"model.backbone.deform_groups={self.deform_groups} must divide the {2 * width} channels of C3's 3x3 "
+                "convolutions"
+            )
+
+    @classmethod
+    def resnext101_32x8d(cls) -> "BackboneConfig":
+        """ResNeXt-101 32x8d."""
+        return cls(depth=101, groups=32, group_width=8)
+
+    @classmethod
+    def resnext101_64x4d(cls) -> "BackboneConfig":
+        """ResNeXt-101 64x4d."""
+        return cls(depth=101, groups=64, group_width=4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +206,25 @@ class DeformableDETRConfig(TransformerConfig):
     def r50_two_stage(cls) -> "DeformableDETRConfig":
         """++ two-stage: AP 46.9 after 50 epochs."""
         return cls(box_refinement=True, two_stage=True)
+
+    @classmethod
+    def r101_two_stage(cls) -> "DeformableDETRConfig":
+        """++ two-stage, ResNet-101: AP 48.7 on test-dev (paper, Table 3)."""
+        return cls(backbone=BackboneConfig(depth=101), box_refinement=True, two_stage=True)
+
+    @classmethod
+    def x101_two_stage(cls) -> "DeformableDETRConfig":
+        """++ two-stage, ResNeXt-101: AP 49.0 on test-dev (paper, Table 3). The paper doesn't say which: 64x4d here."""
+        return cls(backbone=BackboneConfig.resnext101_64x4d(), box_refinement=True, two_stage=True)
+
+    @classmethod
+    def x101_dcn_two_stage(cls) -> "DeformableDETRConfig":
+        """++ two-stage, ResNeXt-101 + DCN: AP 50.1 on test-dev, 52.3 with test-time augmentation (paper, Table 3).
+
+        The citation there is deformable convolution's second version, with modulation.
+        """
+        backbone = dataclasses.replace(BackboneConfig.resnext101_64x4d(), deform_version=2)
+        return cls(backbone=backbone, box_refinement=True, two_stage=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -91,7 +91,9 @@ def init_state(
     state = jax.jit(init, out_shardings=sharding.replicated(mesh))()
     assert graphdef is not None
     if config.train.init_backbone:
-        state["params"], state["buffers"] = load_backbone(config.train.init_backbone, state["params"], state["buffers"])
+        state["params"], state["buffers"] = load_backbone(
+            config.train.init_backbone, config.model.backbone, state["params"], state["buffers"]
+        )
     if config.train.init_from and categories is not None:
         state["params"], state["buffers"], report = initialize_from(
             config.train.init_from, config.model, categories, state["params"], state["buffers"]

@@ -90,7 +90,8 @@ def test_a_part_imports_what_the_table_allows(path):
         f"{path.name} imports {sorted(parts - ALLOWED[here])}, which the table does not allow"
     )
     if "pallas_kernels" in parts:
-        assert path.name == "attention.py", "only models/attention.py imports pallas_kernels"
+        layers = ("attention.py", "deform_conv.py")
+        assert path.name in layers, f"only {' and '.join(layers)} of models/ import pallas_kernels"
     if here == "pallas_kernels":
         assert not [name for name in imports(path) if name.split(".")[0] in ("detr_jax", "flax")]
 

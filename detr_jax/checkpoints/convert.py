@@ -32,6 +32,7 @@ from detr_jax.checkpoints.key_maps import (
 )
 from detr_jax.config import BackboneConfig, DeformableDETRConfig, DETRConfig, DINOConfig, ModelConfig
 from detr_jax.models import build
+from detr_jax.models.deform_conv import plain_kernel_factor
 from detr_jax.models.resnet import BLOCKS
 
 OFFICIAL = {DETRConfig: OFFICIAL_DETR, DeformableDETRConfig: OFFICIAL_DEFORMABLE, DINOConfig: OFFICIAL_DINO}
@@ -179,6 +180,7 @@ def infer_config(found: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> M
         norm="frozen_batch" if frozen else "group",
         dilation=bool(facts.get("dilation", False)),
         freeze_at=2 if frozen else 0,
+        **_middle_convs(found),
     )
     num_heads = int(facts.get("num_heads", 8))
     common: dict[str, Any] = {
@@ -227,9 +229,31 @@ def infer_config(found: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> M
     )
 
 
+def _middle_convs(found: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Groups and deformation of a backbone's 3x3 convolutions, by their tensors' shapes."""
+    outputs, inputs = found["backbone.stages.0.0.convs.1.weight"].shape[:2]
+    groups = outputs // inputs
+    result = {"groups": groups, "group_width": outputs // groups}
+    bias = found.get("backbone.stages.1.0.convs.1.offset.bias")
+    if bias is not None:
+        # 18 channels for a group of offsets, 27 with modulation. A multiple of both would be three groups, which do not
+        # divide a ResNet's channels.
+        version = 2 if len(bias) % 27 == 0 else 1
+        result |= {"deform_version": version, "deform_groups": len(bias) // (18 if version == 1 else 27)}
+    return result
+
+
+def describe_backbone(backbone: BackboneConfig) -> str:
+    """A backbone in a few words, such as "ResNeXt-101 64x4d + DCN v2"."""
+    name = f"ResNet-{backbone.depth}"
+    if backbone.groups > 1:
+        name = f"ResNeXt-{backbone.depth} {backbone.groups}x{backbone.group_width}d"
+    return name + " DC5" * backbone.dilation + f" + DCN v{backbone.deform_version}" * (backbone.deform_version > 0)
+
+
 def describe(config: ModelConfig) -> str:
     """A configuration in a line."""
-    backbone = f"ResNet-{config.backbone.depth}{' DC5' if config.backbone.dilation else ''}"
+    backbone = describe_backbone(config.backbone)
     if isinstance(config, DETRConfig):
         kind = "DETR"
     elif isinstance(config, DINOConfig):
@@ -300,8 +324,13 @@ def to_theirs(tensor: np.ndarray, name: str, kernel: bool) -> np.ndarray:
     return tensor[:, :, None, None] if name == "input_proj.weight" and tensor.ndim == 2 else tensor
 
 
-def load_backbone(path: str, params: Mapping[str, Any], buffers: Mapping[str, Any]) -> tuple[dict, dict]:
+def load_backbone(
+    path: str, config: BackboneConfig, params: Mapping[str, Any], buffers: Mapping[str, Any]
+) -> tuple[dict, dict]:
     """`params` and `buffers` of a detector with its backbone taken from torchvision's ResNet weights in `path`.
+
+    Where the backbone has deformable convolutions and the file has not, they start as the file's convolutions: their
+    offsets stay as they are (new ones are zero), and version 2's kernels are doubled (`DeformConv`).
 
     Raises:
         FileNotFoundError: no such file.
@@ -314,18 +343,23 @@ def load_backbone(path: str, params: Mapping[str, Any], buffers: Mapping[str, An
     unused = {name for name in tensors if not name.startswith("fc.") and not name.endswith("num_batches_tracked")}
     rows = compile_rows((ours, theirs) for theirs, ours in TORCHVISION)
     problems = []
+    new_offsets = config.deform_version > 0 and not any(".conv_offset." in name for name in tensors)
 
     def replace(location, leaf):
         path = [part.key for part in location[1:]]
         if path[0] != "backbone":
             return leaf
         name = rename(canonical(path[1:]), rows)[0]
+        if new_offsets and ".conv_offset." in name:
+            return leaf
         unused.discard(name)
         tensor = to_ours(tensors[name], leaf.ndim, path[-1] == "kernel") if name in tensors else None
         if tensor is None or tensor.shape != leaf.shape:
             got = "missing" if tensor is None else f"{list(tensor.shape)} in our layout"
             problems.append(f"  {name}: {got}, expected {list(leaf.shape)}")
             return leaf
+        if new_offsets and re.fullmatch(r"layer[234]\.\d+\.conv2\.weight", name):
+            tensor = tensor * plain_kernel_factor(config.deform_version)
         return jax.device_put(jnp.asarray(tensor, leaf.dtype), leaf.sharding)
 
     loaded = jax.tree_util.tree_map_with_path(replace, (dict(params), dict(buffers)))
@@ -333,7 +367,8 @@ def load_backbone(path: str, params: Mapping[str, Any], buffers: Mapping[str, An
     if problems:
         raise ValueError(
             f"{path}: {len(problems)} tensors do not fit the backbone:\n" + "\n".join(problems[:8]) + "\n"
-            "Is it torchvision's file for the ResNet of model.backbone.depth?"
+            f"Is it torchvision's file for a {describe_backbone(dataclasses.replace(config, deform_version=0))}, as "
+            "model.backbone says?"
         )
     return loaded
 
@@ -431,11 +466,13 @@ def transformers_config(config: ModelConfig, categories: Categories) -> dict[str
     """`config.json` of `transformers` for a model.
 
     Raises:
-        ValueError: its ResNet has no DC5 and no GroupNorm, its DETR no pre-norm.
+        ValueError: its ResNet has no DC5, GroupNorm, groups or deformable convolutions, its DETR no pre-norm.
     """
     lacking = {
         "backbone.dilation": config.backbone.dilation,
         "backbone.norm='group'": config.backbone.norm == "group",
+        "backbone.groups": config.backbone.groups > 1 or config.backbone.group_width != 64,
+        "backbone.deform_version": config.backbone.deform_version > 0,
         "pre_norm": getattr(config, "pre_norm", False),
     }
     if any(lacking.values()):

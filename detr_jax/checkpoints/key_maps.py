@@ -35,6 +35,8 @@ TORCHVISION: Rows = (
     ("bn1", "stem_norm"),
     *((f"layer{s + 1}.{{}}.conv{c + 1}", f"stages.{s}.{{}}.convs.{c}") for s in range(4) for c in range(3)),
     *((f"layer{s + 1}.{{}}.bn{c + 1}", f"stages.{s}.{{}}.norms.{c}") for s in range(4) for c in range(3)),
+    # mmdetection's; torchvision has no deformable ResNet.
+    *((f"layer{s + 1}.{{}}.conv2.conv_offset", f"stages.{s}.{{}}.convs.1.offset") for s in range(4)),
     *((f"layer{s + 1}.{{}}.downsample.0", f"stages.{s}.{{}}.downsample_conv") for s in range(4)),
     *((f"layer{s + 1}.{{}}.downsample.1", f"stages.{s}.{{}}.downsample_norm") for s in range(4)),
 )
@@ -43,6 +45,7 @@ DETECTRON: Rows = (
     ("stem.conv1.norm", "stem_norm"),
     *((f"res{s + 2}.{{}}.conv{c + 1}", f"stages.{s}.{{}}.convs.{c}") for s in range(4) for c in range(3)),
     *((f"res{s + 2}.{{}}.conv{c + 1}.norm", f"stages.{s}.{{}}.norms.{c}") for s in range(4) for c in range(3)),
+    *((f"res{s + 2}.{{}}.conv2_offset", f"stages.{s}.{{}}.convs.1.offset") for s in range(4)),
     *((f"res{s + 2}.{{}}.shortcut", f"stages.{s}.{{}}.downsample_conv") for s in range(4)),
     *((f"res{s + 2}.{{}}.shortcut.norm", f"stages.{s}.{{}}.downsample_norm") for s in range(4)),
 )

@@ -128,7 +128,10 @@ class Buffer(nnx.Variable):
 
 
 class Conv(nnx.Module):
-    """Square convolution, NHWC, padded as torchvision's; a 1x1 runs as a matrix product on `[n, c]`."""
+    """Square convolution, NHWC, padded as torchvision's; a 1x1 runs as a matrix product on `[n, c]`.
+
+    With `groups`, which a 1x1 has not, each group of outputs sees its group of inputs alone.
+    """
 
     def __init__(
         self,
@@ -138,14 +141,15 @@ class Conv(nnx.Module):
         *,
         stride: int = 1,
         dilation: int = 1,
+        groups: int = 1,
         bias: bool = False,
         kernel_init: jax.nn.initializers.Initializer = KAIMING,
         dtype=None,
         rngs: nnx.Rngs,
     ):
-        self.kernel = nnx.Param(kernel_init(rngs.params(), (size, size, n_in, n_out), jnp.float32))
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (size, size, n_in // groups, n_out), jnp.float32))
         self.bias = nnx.Param(nnx.initializers.zeros(rngs.params(), (n_out,), jnp.float32)) if bias else None
-        self.stride, self.dilation, self.dtype = stride, dilation, dtype
+        self.stride, self.dilation, self.groups, self.dtype = stride, dilation, groups, dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(self.dtype)
@@ -163,6 +167,7 @@ class Conv(nnx.Module):
                 [(pad, pad), (pad, pad)],
                 rhs_dilation=(self.dilation, self.dilation),
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                feature_group_count=self.groups,
             )
         return x if self.bias is None else x + self.bias[...].astype(x.dtype)
 

@@ -1,9 +1,10 @@
-"""ResNet-18/34/50/101 with torchvision's semantics (v1.5: the stride is in the 3x3), as a detector's backbone."""
+"""ResNet and ResNeXt with torchvision's semantics (v1.5: the stride is in the 3x3), as a detector's backbone."""
 
 import jax
 from flax import nnx
 
 from detr_jax.config import BackboneConfig
+from detr_jax.models.deform_conv import DeformConv
 from detr_jax.models.layers import Conv, FrozenBatchNorm, GroupNorm, max_pool
 from detr_jax.models.padding import valid_cells, zero_padding
 
@@ -16,19 +17,40 @@ def norm(config: BackboneConfig, features: int) -> FrozenBatchNorm | GroupNorm:
 
 
 class Block(nnx.Module):
-    """Residual block: two 3x3 convolutions, or the 1x1, 3x3, 1x1 bottleneck."""
+    """Residual block: two 3x3 convolutions, or the 1x1, 3x3, 1x1 bottleneck.
 
-    def __init__(self, config: BackboneConfig, n_in: int, width: int, *, stride: int, dilation: int, dtype, rngs):
+    The bottleneck's 3x3 may have groups, as in ResNeXt. It, or the second 3x3, may be deformable.
+    """
+
+    def __init__(
+        self,
+        config: BackboneConfig,
+        n_in: int,
+        planes: int,
+        *,
+        stride: int,
+        dilation: int,
+        deformable: bool,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
         bottleneck = config.depth >= 50
-        n_out = width * (4 if bottleneck else 1)
+        n_out = planes * (4 if bottleneck else 1)
+        width = planes * config.group_width // 64 * config.groups if bottleneck else planes
 
         def conv(n_in, n_out, size, stride=1, dilation=1):
             return Conv(n_in, n_out, size, stride=stride, dilation=dilation, dtype=dtype, rngs=rngs)
 
+        def middle(stride):
+            place = {"stride": stride, "dilation": dilation, "groups": config.groups, "dtype": dtype, "rngs": rngs}
+            if not deformable:
+                return Conv(width, width, 3, **place)
+            return DeformConv(width, width, version=config.deform_version, offset_groups=config.deform_groups, **place)
+
         if bottleneck:
-            convs = [conv(n_in, width, 1), conv(width, width, 3, stride, dilation), conv(width, n_out, 1)]
+            convs = [conv(n_in, width, 1), middle(stride), conv(width, n_out, 1)]
         else:
-            convs = [conv(n_in, width, 3, stride, dilation), conv(width, n_out, 3, 1, dilation)]
+            convs = [conv(n_in, width, 3, stride, dilation), middle(1)]
         self.convs = nnx.List(convs)
         self.norms = nnx.List(norm(config, c.kernel.shape[-1]) for c in convs)
         if stride > 1 or n_in != n_out:
@@ -59,15 +81,17 @@ class ResNet(nnx.Module):
         self.stem_norm = norm(config, 64)
         stages, channels, n_in = [], [], 64
         for i, blocks in enumerate(BLOCKS[config.depth]):
-            width = 64 * 2**i
+            planes = 64 * 2**i
+            deformable = config.deform_version > 0 and i > 0
             dilate = config.dilation and i == 3
             stage = []
             for j in range(blocks):
                 stride = 2 if i > 0 and j == 0 and not dilate else 1
                 # torchvision dilates from the second block on: the first keeps the dilation of the stage before.
                 dilation = 2 if dilate and j > 0 else 1
-                stage.append(Block(config, n_in, width, stride=stride, dilation=dilation, dtype=dtype, rngs=rngs))
-                n_in = width * (4 if config.depth >= 50 else 1)
+                place = {"stride": stride, "dilation": dilation, "deformable": deformable}
+                stage.append(Block(config, n_in, planes, **place, dtype=dtype, rngs=rngs))
+                n_in = planes * (4 if config.depth >= 50 else 1)
             stages.append(nnx.List(stage))
             channels.append(n_in)
         self.stages = nnx.List(stages)

@@ -12,6 +12,7 @@ Nothing is changed in place. What can be proven of the outputs is in each docstr
 """
 
 from detr_jax.surgery.architecture import (
+    add_deform_conv,
     change_classes,
     change_layers,
     change_queries,
@@ -28,6 +29,7 @@ __all__ = [
     "Changes",
     "Difference",
     "Operated",
+    "add_deform_conv",
     "add_lora",
     "attention",
     "change_classes",

@@ -2,16 +2,17 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from flax import nnx
 
 from detr_jax.categories import Categories
-from detr_jax.checkpoints.convert import describe, load_backbone
+from detr_jax.checkpoints.convert import describe, describe_backbone, load_backbone
 from detr_jax.checkpoints.load import Loaded
 from detr_jax.config import BackboneConfig, DeformableDETRConfig, DETRConfig, DINOConfig, ModelConfig
 from detr_jax.models import DINO, DeformableDETR, DeformableEncoder, DETREncoder, split
+from detr_jax.models.deform_conv import plain_kernel_factor
 from detr_jax.surgery.transplant import (
     Operated,
     Origin,
@@ -237,8 +238,8 @@ def swap_backbone(
 ) -> Operated:
     """Another ResNet under the transformer: `swap_backbone(loaded, BackboneConfig(depth=101), weights="r101.pth")`.
 
-    Everything behind the backbone is kept, but for input projections of another width. With the same depth and
-    normalization (another `dilation`, `freeze_at` or `mask_padding`) the backbone's tensors are kept too.
+    Everything behind the backbone is kept, but for input projections of another width. With the same layers (another
+    `dilation`, `freeze_at` or `mask_padding`) the backbone's tensors are kept too.
 
     Args:
         loaded: the detector.
@@ -253,20 +254,51 @@ def swap_backbone(
     new = donor.config.backbone if donor else backbone
     assert isinstance(new, BackboneConfig)
     old = loaded.config.backbone
-    kept = (new.depth, new.norm) == (old.depth, old.norm) and not weights
+    # The other fields leave the tensors alone.
+    same = dataclasses.replace(new, dilation=old.dilation, freeze_at=old.freeze_at, mask_padding=old.mask_padding)
+    kept = same == old and not weights
     config: ModelConfig = dataclasses.replace(loaded.config, backbone=new)
 
     def rule(path: Path) -> Origin | None:
         return None if path[0] == "backbone" and not (kept or donor) else Origin(path)
 
     source = "from the other detector" if donor else "kept" if kept else weights or "initialized anew"
-    what = f"swap_backbone: ResNet-{old.depth} -> ResNet-{new.depth}, tensors {source}"
+    what = f"swap_backbone: {describe_backbone(old)} -> {describe_backbone(new)}, tensors {source}"
     theirs = {path: x for path, x in tensors(donor.model).items() if path[0] == "backbone"} if donor else None
     result = transplant(loaded, config, rule, what, values=theirs, seed=seed)
     if weights and not donor:
         graphdef, params, buffers = split(config, result.model)
-        result.model = nnx.merge(graphdef, *load_backbone(weights, params, buffers))
+        result.model = nnx.merge(graphdef, *load_backbone(weights, new, params, buffers))
     return result
+
+
+def add_deform_conv(loaded: Loaded, version: Literal[1, 2] = 2, *, groups: int = 1) -> Operated:
+    """Deformable 3x3 convolutions in C3 to C5 of the backbone that it has: `add_deform_conv(loaded)`.
+
+    Offsets start at zero and version 2's factors at 1/2, for which its kernels are doubled: outputs stay the same, up
+    to rounding in another order of summation.
+
+    Args:
+        loaded: the detector.
+        version: 1, or 2 with modulation.
+        groups: of channels with offsets of their own.
+
+    Raises:
+        ValueError: the backbone has deformable convolutions already, or `groups` does not divide its channels.
+    """
+    old = loaded.config.backbone
+    if old.deform_version:
+        raise ValueError(f"add_deform_conv: the backbone has them already: {describe_backbone(old)}")
+    new = dataclasses.replace(old, deform_version=version, deform_groups=groups)
+    config: ModelConfig = dataclasses.replace(loaded.config, backbone=new)
+
+    def rule(path: Path) -> Origin | None:
+        if path[:2] == ("backbone", "stages") and path[2] > 0 and path[4:] == ("convs", 1, "kernel"):
+            return Origin(path, scale=plain_kernel_factor(version))
+        return Origin(path)  # offsets, which the old one doesn't have, as initialized: zero
+
+    what = f"add_deform_conv: {describe_backbone(old)} -> {describe_backbone(new)}"
+    return transplant(loaded, config, rule, what)
 
 
 def extract_encoder(loaded: Loaded) -> DeformableEncoder | DETREncoder:

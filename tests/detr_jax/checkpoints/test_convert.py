@@ -57,7 +57,9 @@ def tensors():
 def test_every_tensor_lands_where_its_name_says(detector, tensors, tmp_path):
     _, params, buffers = detector
     save_file(tensors, tmp_path / "resnet18.safetensors")
-    new_params, new_buffers = load_backbone(str(tmp_path / "resnet18.safetensors"), params, buffers)
+    new_params, new_buffers = load_backbone(
+        str(tmp_path / "resnet18.safetensors"), BackboneConfig(depth=18), params, buffers
+    )
     numbers = sum(leaf.size for leaf in jax.tree.leaves((new_params["backbone"], new_buffers["backbone"])))
     used = {name: x for name, x in tensors.items() if not name.startswith("fc.") and "num_batches" not in name}
     assert numbers == sum(x.size for x in used.values())
@@ -65,6 +67,35 @@ def test_every_tensor_lands_where_its_name_says(detector, tensors, tmp_path):
     np.testing.assert_array_equal(kernel, tensors["layer2.0.conv1.weight"].transpose(2, 3, 1, 0))
     np.testing.assert_array_equal(new_buffers["backbone"]["stem_norm"]["var"], tensors["bn1.running_var"])
     np.testing.assert_array_equal(new_params["level_embed"], params["level_embed"])
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_deformable_backbone_starts_as_the_convolutions_of_the_file(version, detector, tensors, tmp_path):
+    """Also where the file has offsets: then it has them all, and its kernels are taken as they are."""
+    config, _, _ = detector
+    backbone = BackboneConfig(depth=18, deform_version=version)
+    model = nnx.eval_shape(lambda: build(dataclasses.replace(config, backbone=backbone), rngs=nnx.Rngs(0)))
+    params, buffers = (jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), x) for x in split(config, model)[1:])
+    save_file(tensors, tmp_path / "resnet18.safetensors")
+    new, _ = load_backbone(str(tmp_path / "resnet18.safetensors"), backbone, params, buffers)
+    conv = new["backbone"]["stages"][1][0]["convs"][1]
+    theirs = tensors["layer2.0.conv2.weight"].transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(conv["kernel"], version * theirs)
+    assert not np.any(conv["offset"]["kernel"])
+    np.testing.assert_array_equal(
+        new["backbone"]["stages"][0][0]["convs"][1]["kernel"], tensors["layer1.0.conv2.weight"].transpose(2, 3, 1, 0)
+    )
+    channels = 9 * (version + 1)
+    for layer, width in ((2, 128), (3, 256), (4, 512)):
+        for block in range(2):
+            name = f"layer{layer}.{block}.conv2.conv_offset"
+            tensors |= {f"{name}.weight": np.full((channels, width, 3, 3), 0.5, np.float32)}
+            tensors |= {f"{name}.bias": np.ones(channels, np.float32)}
+    save_file(tensors, tmp_path / "dcn.safetensors")
+    new, _ = load_backbone(str(tmp_path / "dcn.safetensors"), backbone, params, buffers)
+    conv = new["backbone"]["stages"][1][0]["convs"][1]
+    np.testing.assert_array_equal(conv["kernel"], theirs)
+    np.testing.assert_array_equal(conv["offset"]["bias"], np.ones(channels))
 
 
 def test_tensors_that_do_not_fit_are_named_with_both_shapes(detector, tensors, tmp_path):
@@ -75,7 +106,7 @@ def test_tensors_that_do_not_fit_are_named_with_both_shapes(detector, tensors, t
     del wrong["bn1.bias"]
     save_file(wrong, tmp_path / "wrong.safetensors")
     with pytest.raises(ValueError, match="3 tensors do not fit") as error:
-        load_backbone(str(tmp_path / "wrong.safetensors"), params, buffers)
+        load_backbone(str(tmp_path / "wrong.safetensors"), BackboneConfig(depth=18), params, buffers)
     message = str(error.value)
     assert "layer1.0.conv1.weight: [1, 1, 64, 64] in our layout, expected [3, 3, 64, 64]" in message
     assert "bn1.bias: missing, expected [64]" in message
@@ -86,7 +117,7 @@ def test_group_norm_is_refused(tmp_path, tensors):
     save_file(tensors, tmp_path / "resnet18.safetensors")
     buffers = {"backbone": {"stem_norm": {}}}
     with pytest.raises(ValueError, match="norm='frozen_batch', got 'group'"):
-        load_backbone(str(tmp_path / "resnet18.safetensors"), {"level_embed": jnp.zeros(1)}, buffers)
+        load_backbone(str(tmp_path / "resnet18.safetensors"), BackboneConfig(), {"level_embed": jnp.zeros(1)}, buffers)
 
 
 def test_missing_and_foreign_files(tmp_path):
@@ -128,6 +159,12 @@ MODELS = {
     "two_stage": DeformableDETRConfig(**SMALL, box_refinement=True, two_stage=True),
     "group_norm": DeformableDETRConfig(**SMALL | {"backbone": BackboneConfig(depth=18, norm="group", freeze_at=0)}),
 }
+MODELS["dcn"] = DeformableDETRConfig(
+    **SMALL | {"backbone": BackboneConfig(depth=18, deform_version=2, deform_groups=4)}
+)
+MODELS["resnext_dcn"] = DeformableDETRConfig(
+    **SMALL | {"backbone": BackboneConfig(depth=50, groups=4, group_width=2, deform_version=1)}
+)
 CELLS = Categories.contiguous({3: "RBC", 7: "WBC", 9: "platelet", 12: "other", 40: "dust"})
 FACTS = {"num_heads": 4}
 
@@ -176,6 +213,12 @@ def test_transformers_folder_and_back_is_bit_identical(name, tmp_path):
     assert_same(back.model, model)
 
 
+def test_transformers_has_no_deformable_backbone(tmp_path):
+    config, model = MODELS["resnext_dcn"], model_of(MODELS["resnext_dcn"])
+    with pytest.raises(ValueError, match=r"has no backbone\.groups, backbone\.deform_version: write a \.safetensors"):
+        convert.save(tmp_path / "folder", model, config, CELLS)
+
+
 def test_transformers_with_a_timm_backbone(tmp_path):
     """Their timm ResNets have torchvision's names."""
     config, model = MODELS["detr_r50"], model_of(MODELS["detr_r50"])
@@ -193,7 +236,7 @@ def test_transformers_with_a_timm_backbone(tmp_path):
     assert_same(back.model, model)
 
 
-@pytest.mark.parametrize("name", ["single_scale", "multi_scale", "refine", "two_stage"])
+@pytest.mark.parametrize("name", ["single_scale", "multi_scale", "refine", "two_stage", "dcn"])
 @pytest.mark.parametrize("key_map", [key_maps.DETREX_DEFORMABLE, key_maps.MMDET_DEFORMABLE, key_maps.MMDET2_DEFORMABLE])
 def test_detrex_and_mmdetection(name, key_map, tmp_path):
     config, model = MODELS[name], model_of(MODELS[name])

@@ -385,6 +385,25 @@ def test_backbones(tmp_path):
     assert all((again[path] == ours[path]).all() for path in ours)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_backbone_becomes_deformable(version):
+    """The same maps, in another order of summation."""
+    old = loaded(MULTI, tune=TuneConfig())
+    new = surgery.add_deform_conv(old, version, groups=2)
+    assert new.config.backbone.deform_version == version and not new.changes.dropped
+    assert {name.split(".")[6] for name in new.changes.new} == {"offset"}
+    assert bool(new.changes.changed) == (version == 2)
+
+    def maps(detector):
+        graphdef, state = nnx.split(detector.model.backbone)
+        return jax.jit(lambda state: nnx.merge(graphdef, state)(IMAGES, SIZES))(state)
+
+    for x, y in zip(maps(new), maps(old), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * np.abs(y).max())
+    with pytest.raises(ValueError, match="the backbone has them already: ResNet-18 \\+ DCN v"):
+        surgery.add_deform_conv(new)
+
+
 @pytest.mark.slow
 def test_a_swapped_backbone_trains(tmp_path):
     old = loaded(MULTI, tune=TuneConfig())
