@@ -1,7 +1,8 @@
-"""Score a checkpoint: `python eval.py --checkpoint DIR [--data.root FOLDER] [--results FILE] [--pictures DIR]`."""
+"""Score a checkpoint: `python eval.py --checkpoint DIR [--data.root FOLDER] [--results FILE] [--tta] ...`."""
 
 from detr_jax import cli, sharding
 from detr_jax.evaluation import evaluate_checkpoint
+from detr_jax.tta import TTAConfig
 
 
 def main(argv: list[str]) -> None:
@@ -15,6 +16,7 @@ def main(argv: list[str]) -> None:
         results=options.results,
         pictures=options.pictures,
         num_pictures=options.num_pictures,
+        tta=TTAConfig(options.tta_scales) if options.tta else None,
     )
 
 

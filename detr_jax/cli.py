@@ -15,6 +15,7 @@ from typing import Literal
 import tyro
 
 from detr_jax.config import Config, DataConfig, from_dict
+from detr_jax.tta import TTAConfig
 from detr_jax.visualize import command as figures
 
 
@@ -75,6 +76,10 @@ class EvalOptions:
     """Write pictures here: ground truth beside detections."""
     num_pictures: int = 8
     """How many."""
+    tta: bool = False
+    """Test-time augmentation: every image at the scales of `tta_scales`, also flipped, the boxes merged."""
+    tta_scales: tuple[int, ...] = TTAConfig.scales
+    """The shorter sides, in pixels."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     """Images; the defaults are those of the checkpoint's training."""
 
@@ -95,7 +100,7 @@ def parse_eval(argv: Sequence[str]) -> EvalOptions:
         default=EvalOptions(checkpoint=known.checkpoint or tyro.MISSING, data=data),
         args=list(argv),
         prog="eval.py",
-        description="Score a checkpoint with pycocotools on the validation set.",
+        description="Score a checkpoint with pycocotools on the validation set; without annotations, detect alone.",
     )
 
 

@@ -6,6 +6,7 @@ detections.draw().save("boxes.jpg")
 """
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, overload
@@ -13,7 +14,7 @@ from typing import Any, Literal, overload
 import jax
 import numpy as np
 from flax import nnx
-from PIL import Image
+from PIL import Image, ImageOps
 
 from detr_jax.categories import Categories
 from detr_jax.checkpoints.load import Loaded, load
@@ -22,6 +23,7 @@ from detr_jax.data.image import ImageLike, fit_size, open_image, pad_to_bucket
 from detr_jax.data.resample import normalize
 from detr_jax.drawing import draw_detections
 from detr_jax.postprocess import coco_results, postprocess
+from detr_jax.tta import Boxes, TTAConfig, flip_boxes, merge, scaled_max_size
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,9 +84,19 @@ class Detector:
         scale: instead of `loaded`'s.
         max_size: instead of `loaded`'s.
         batch_size: images in a step; lists are run in such batches, filled up with empty images.
+        tta: test-time augmentation: detect in several views of an image and merge what is found. Each of its scales
+            has five buckets of its own, with longer sides that grow with it.
     """
 
-    def __init__(self, loaded: Loaded, *, scale: int | None = None, max_size: int | None = None, batch_size: int = 1):
+    def __init__(
+        self,
+        loaded: Loaded,
+        *,
+        scale: int | None = None,
+        max_size: int | None = None,
+        batch_size: int = 1,
+        tta: TTAConfig | None = None,
+    ):
         self.config, self.categories, self.report = loaded.config, loaded.categories, loaded.report
         self.classification: Literal["focal", "softmax"] = loaded.classification
         self.scale, self.max_size, self.batch_size = scale or loaded.scale, max_size or loaded.max_size, batch_size
@@ -109,6 +121,13 @@ class Detector:
             )
 
         self._detect = detect
+        self._tta = tta
+        self._scaled = {
+            size: Detector(
+                loaded, scale=size, max_size=scaled_max_size(size, self.scale, self.max_size), batch_size=batch_size
+            )
+            for size in (tta.scales if tta else ())
+        }
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], *, verbose: bool = True, **options: Any) -> "Detector":
@@ -153,6 +172,9 @@ class Detector:
 
     def detect(self, images: Iterable[ImageLike], threshold: float = 0.5) -> Iterator[Detections]:
         """As calling it with a list, but image after image, in order, in batches of consecutive ones of a bucket."""
+        if self._tta is not None:
+            yield from self._detect_views(images, threshold, self._tta)
+            return
         batch: list[tuple[Image.Image, np.ndarray]] = []
         bucket = -1
         for image in images:
@@ -165,6 +187,22 @@ class Detector:
             batch.append((opened, size))
         if batch:
             yield from self._run(batch, self.buckets[bucket], threshold)
+
+    def _detect_views(self, images: Iterable[ImageLike], threshold: float, tta: TTAConfig) -> Iterator[Detections]:
+        """`detect` with test-time augmentation; an image is opened once."""
+        views = []
+        copies = itertools.tee(map(open_image, images), len(tta.views))
+        for (scale, flip), copy in zip(tta.views, copies, strict=True):
+            views.append(self._scaled[scale].detect(map(ImageOps.mirror, copy) if flip else copy, threshold=0.0))
+        for found in zip(*views, strict=True):
+            image = found[0].image
+            boxes = [
+                Boxes(z.scores, z.labels, flip_boxes(z.boxes_xyxy, image.width) if flip else z.boxes_xyxy)
+                for z, (_, flip) in zip(found, tta.views, strict=True)
+            ]
+            merged = merge(boxes, tta.iou)
+            kept = merged.scores >= threshold
+            yield Detections(merged.boxes_xyxy[kept], merged.scores[kept], merged.labels[kept], self.categories, image)
 
     def split(self) -> tuple[nnx.GraphDef, nnx.State]:
         """The model's graph and state: `nnx.merge` puts a model together, also inside `jax.jit`."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.experimental import multihost_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from detr_jax import sharding
 from detr_jax.checkpoints import store
 from detr_jax.checkpoints.load import restore_model
-from detr_jax.config import DataConfig, from_dict
+from detr_jax.config import Config, DataConfig, from_dict
 from detr_jax.data.image import decode
 from detr_jax.data.index import DatasetIndex
 from detr_jax.data.pipeline import batches
@@ -29,6 +30,7 @@ from detr_jax.data.splits import load_split
 from detr_jax.drawing import compare
 from detr_jax.postprocess import coco_results, write_results
 from detr_jax.train_step import make_detect_step
+from detr_jax.tta import Boxes, TTAConfig, flip_boxes, merge, scaled_max_size
 
 Detections = tuple[Any, Any, Any]
 """scores float32 [b, n], labels int32 [b, n], boxes_xyxy float32 [b, n, 4] in pixels of the annotated image."""
@@ -147,7 +149,7 @@ def evaluate_model(
     data: DataConfig,
     mesh: jax.sharding.Mesh,
 ) -> tuple[Scores, list[dict[str, Any]]]:
-    """Scores a model on the images of a sampler, as `evaluate`. Call it under `jax.set_mesh(mesh)`.
+    """Scores a model on the images of a sampler. Call it under `jax.set_mesh(mesh)`.
 
     Args:
         detect: of `make_detect_step`.
@@ -157,6 +159,20 @@ def evaluate_model(
         data: how they are read.
         mesh: the devices.
     """
+    found = detect_on(detect, params, buffers, sampler, data, mesh)
+    results = as_results(found, sampler.index)
+    return score(sampler.index.ground_truth(), results), results
+
+
+def detect_on(
+    detect: Callable[..., Detections],
+    params: dict,
+    buffers: dict,
+    sampler: EvalSampler,
+    data: DataConfig,
+    mesh: jax.sharding.Mesh,
+) -> Detections:
+    """A model's detections on the images of a sampler, as `collect` gives them; arguments as `evaluate_model`."""
 
     def predict(bucket, batch):
         arrays = {name: rows for name, rows in batch.items() if name not in _TARGETS}
@@ -165,7 +181,44 @@ def evaluate_model(
     rows = sharding.host_rows(sampler.batch_size, mesh)
     feed = batches(sampler.index, sampler, range(len(sampler)), rows=rows, data_config=data)
     with contextlib.closing(feed):
-        return evaluate(predict, feed, sampler.index, num_batches=len(sampler))
+        return collect(predict, feed, sampler.index, num_batches=len(sampler))
+
+
+def detect_views(
+    config: Config,
+    model: tuple[nnx.GraphDef, dict, dict],
+    index: DatasetIndex,
+    tta: TTAConfig,
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+) -> list[dict[str, Any]]:
+    """COCO results of all images with test-time augmentation. Call it under `jax.set_mesh(mesh)`.
+
+    Args:
+        config: of the run; its evaluation scale and maximal size say how sides grow with the scale of a view.
+        model: graph, parameters and buffers.
+        index: the images.
+        tta: the views and how they are merged.
+        batch_size: global batch.
+        mesh: the devices.
+    """
+    graphdef, params, buffers = model
+    views: list[list[Boxes]] = []
+    for scale, flip in tta.views:
+        longest = scaled_max_size(scale, config.data.eval_scale, config.data.max_size)
+        data = dataclasses.replace(config.data, eval_scale=scale, max_size=longest, buckets=None)
+        sampler = EvalSampler(index, data, batch_size, flip=flip)
+        detect = make_detect_step(dataclasses.replace(config, data=data), graphdef, sampler)
+        scores, labels, boxes_xyxy = detect_on(detect, params, buffers, sampler, data, mesh)
+        if flip:
+            boxes_xyxy = np.stack([flip_boxes(z, w) for z, (_, w) in zip(boxes_xyxy, index.sizes, strict=True)])
+        views.append([Boxes(*image) for image in zip(scores, labels, boxes_xyxy, strict=True)])
+    merged = [merge(image, tta.iou) for image in zip(*views, strict=True)]
+    return [
+        row
+        for image_id, found in zip(index.image_ids.tolist(), merged, strict=True)
+        for row in coco_results([image_id], *(z[None] for z in found), index.category_ids)
+    ]
 
 
 def evaluate_checkpoint(
@@ -177,8 +230,11 @@ def evaluate_checkpoint(
     results: str | None = None,
     pictures: str | None = None,
     num_pictures: int = 8,
-) -> Scores:
+    tta: TTAConfig | None = None,
+) -> Scores | None:
     """Scores a checkpoint on the validation set of `data`, prints the tables, writes what is asked for.
+
+    A set without annotations, such as COCO's test-dev, is detected on but not scored: what is returned is `None`.
 
     Args:
         directory: a run's output directory, its `checkpoints/`, or one checkpoint.
@@ -188,24 +244,34 @@ def evaluate_checkpoint(
         results: file for the detections, as JSON that pycocotools loads.
         pictures: folder for pictures of ground truth beside detections.
         num_pictures: how many.
+        tta: test-time augmentation.
 
     Raises:
         FileNotFoundError: no such checkpoint.
+        ValueError: a set without annotations, and no file for the results.
         DataError: something is wrong with the data set.
     """
     if step == "best":
         step = store.best_or_latest(directory)
     saved = store.read_metadata(directory, step)
     config = dataclasses.replace(from_dict(saved["config"], saved["model"]), data=data)
-    index = load_split(data, "val", category_ids=saved["category_ids"])
+    index = load_split(data, "val", category_ids=saved["category_ids"], annotated=False)
+    if not index.annotated and not results:
+        raise ValueError(f"{index.report[0]}, no annotations to score with: pass --results FILE for the detections")
     mesh = sharding.make_mesh()
-    graphdef, params, buffers = restore_model(directory, step, config, mesh)
+    model = restore_model(directory, step, config, mesh)
     with jax.set_mesh(mesh):
-        sampler = EvalSampler(index, data, batch_size)
-        detect = make_detect_step(config, graphdef, sampler)
-        scores, detections = evaluate_model(detect, params, buffers, sampler, data, mesh)
+        if tta is None:
+            sampler = EvalSampler(index, data, batch_size)
+            detect = make_detect_step(config, model[0], sampler)
+            detections = as_results(detect_on(detect, *model[1:], sampler, data, mesh), index)
+        else:
+            detections = detect_views(config, model, index, tta, batch_size, mesh)
+    scores = score(index.ground_truth(), detections) if index.annotated else None
     if jax.process_index() == 0:
-        print("\n".join([f"{directory}, step {saved['step']}, {len(index)} images", *index.report, scores.table()]))
+        views = [] if tta is None else [f"test-time augmentation: {len(tta.views)} views, scales {tta.scales}"]
+        table = [scores.table()] if scores else []
+        print("\n".join([f"{directory}, step {saved['step']}, {len(index)} images", *index.report, *views, *table]))
         if results:
             write_results(results, detections)
             print(f"results   {results}: {len(detections)} detections")
@@ -222,17 +288,38 @@ def evaluate(
     *,
     num_batches: int | None = None,
 ) -> tuple[Scores, list[dict[str, Any]]]:
-    """Runs a detector over a data set and scores it. With several processes each one sees its rows and gets the scores.
+    """Runs a detector over a data set and scores it: arguments and errors as `collect`.
+
+    Returns:
+        The scores, and the COCO results of all images, ordered as in the index.
+    """
+    results = as_results(collect(predict, feed, index, num_batches=num_batches), index)
+    return score(index.ground_truth(), results), results
+
+
+def as_results(detections: Detections, index: DatasetIndex) -> list[dict[str, Any]]:
+    """The COCO results of all images of an index."""
+    return coco_results(index.image_ids.tolist(), *detections, index.category_ids)
+
+
+def collect(
+    predict: Predict,
+    feed: Iterable[tuple[tuple[int, int], dict[str, np.ndarray]]],
+    index: DatasetIndex,
+    *,
+    num_batches: int | None = None,
+) -> Detections:
+    """Runs a detector over a data set. With several processes each one sees its rows and gets all the detections.
 
     Args:
         predict: the detections of a batch; each process is given, and gives, its own rows of the global batch. Padding
             rows (image_id -1) are dropped.
         feed: (bucket, batch) of the evaluation pipeline.
-        index: what is evaluated.
+        index: what is detected on.
         num_batches: for the progress line, which process 0 shows.
 
     Returns:
-        The scores, and the COCO results of all images, ordered as in the index.
+        The detections, an image of the index after the other.
 
     Raises:
         ValueError: an image was covered twice or not at all; names the first.
@@ -271,10 +358,7 @@ def evaluate(
             f"{index.name(i)} (id {index.image_ids[i]}) was covered {covered[i]} times"
         )
     order = np.argsort(rows, kind="stable")[-len(index) :]
-    results = coco_results(
-        index.image_ids[rows[order]].tolist(), scores[order], labels[order], boxes_xyxy[order], index.category_ids
-    )
-    return score(index.ground_truth(), results), results
+    return scores[order], labels[order], boxes_xyxy[order]
 
 
 def write_pictures(folder: str, index: DatasetIndex, results: Sequence[Mapping[str, Any]], number: int) -> int:

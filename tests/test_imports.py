@@ -22,13 +22,14 @@ ALLOWED = {
     "models": {"config", "denoising", "pallas_kernels"},
     "data": {"config"},
     "postprocess": {"boxes"},
+    "tta": {"boxes"},
     "drawing": set(),
     "checkpoints": {"config", "categories", "models", "sharding"},
     "train_step": {
         "config", "categories", "sharding", "models", "denoising", "losses", "postprocess", "data", "checkpoints",
     },
-    "detector": {"categories", "checkpoints", "data", "drawing", "postprocess"},
-    "evaluation": {"config", "checkpoints", "data", "drawing", "postprocess", "sharding", "train_step"},
+    "detector": {"categories", "checkpoints", "data", "drawing", "postprocess", "tta"},
+    "evaluation": {"config", "checkpoints", "data", "drawing", "postprocess", "sharding", "train_step", "tta"},
     "metric_writer": {"evaluation"},
     "curves": {"metric_writer"},
     "training": {
@@ -41,7 +42,7 @@ ALLOWED = {
     "visualize": BASE | {
         "checkpoints", "curves", "data", "denoising", "detector", "drawing", "evaluation", "matching", "models",
     },
-    "cli": {"checkpoints", "config", "detector", "export", "postprocess", "surgery", "visualize"},
+    "cli": {"checkpoints", "config", "detector", "export", "postprocess", "surgery", "tta", "visualize"},
     "": {"detector", "checkpoints"},
     "pallas_kernels": set(),
 }  # fmt: skip

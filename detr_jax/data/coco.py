@@ -6,6 +6,7 @@ Labels are contiguous: label `i` is category id `category_ids[i]`, sorted by id.
 | found                                                           | outcome                                          |
 |-----------------------------------------------------------------|--------------------------------------------------|
 | annotations or images not found, malformed JSON, missing key    | error                                            |
+| no `annotations` at all, as in COCO's test sets                 | error, but for `eval.py`: results without scores |
 | no image, no category, an id twice, a size that is not positive | error                                            |
 | image file missing, unreadable or truncated                     | `on_bad_image`: error, or skipped and reported   |
 | stored size is the annotated size                               | pixels as stored, as in the official code        |
@@ -62,13 +63,14 @@ def load_coco(
     """
     path = Path(annotations)
     content = _read_json(path)
+    annotated = "annotations" in content
     records = {record["id"]: record for record in content["images"]}
     names_of = {category["id"]: str(category["name"]) for category in content["categories"]}
     ids = tuple(sorted(names_of) if category_ids is None else (int(i) for i in category_ids))
     names = tuple(names_of.get(i, f"category {i}") for i in ids)
 
     good_images, plain, image_problems = _check_images(records, Path(images))
-    good_annotations, annotation_problems = _check_annotations(content["annotations"], records, ids, path)
+    good_annotations, annotation_problems = _check_annotations(content.get("annotations", []), records, ids, path)
     raise_or_skip(path, on_bad_image, image_problems, on_bad_annotation, annotation_problems)
     if not good_images:
         raise DataError(f"{path}: images: all {len(records)} were skipped; the first: {image_problems[0]}")
@@ -87,9 +89,10 @@ def load_coco(
         labels=labels,
         category_ids=ids,
         category_names=names,
+        annotated=annotated,
         report=(
             f"{path}: {len(good_images)} images, {sum(map(len, labels))} boxes, {len(ids)} categories",
-            *report,
+            *(report if annotated else ["no annotations: for detecting alone"]),
             *skip_report("images", image_problems),
             *skip_report("annotations", annotation_problems),
         ),
@@ -111,6 +114,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: not JSON (cut off, or not an annotations file?): {error}") from error
     for key in ("images", "annotations", "categories"):
         got = content.get(key) if isinstance(content, dict) else None
+        if key == "annotations" and isinstance(content, dict) and key not in content:
+            continue  # COCO's test sets: `load_split` says where that will not do
         if not isinstance(got, list):
             raise DataError(f"{path}: {key}: got {type(got).__name__}, expected a list; is this a COCO instances file?")
     problems: list[str] = []
@@ -202,7 +207,7 @@ def _ground_truth(path: Path, index: DatasetIndex) -> dict[str, Any]:
     content = _read_json(path)
     records = {record["id"]: record for record in content["images"]}
     used = set(index.image_ids.tolist())
-    good, _ = _check_annotations(content["annotations"], records, index.category_ids, path)
+    good, _ = _check_annotations(content.get("annotations", []), records, index.category_ids, path)
     return {
         "images": [records[i] for i in index.image_ids.tolist()],
         "annotations": [

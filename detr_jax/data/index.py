@@ -42,6 +42,8 @@ class DatasetIndex:
     """Reads image i."""
     read_ground_truth: Callable[[], dict[str, Any]] = dataclasses.field(repr=False)
     """Reads what `ground_truth` returns."""
+    annotated: bool = True
+    """Whether there are annotations at all: not in COCO's test sets, which can be detected on but not scored."""
     decoded: dict[tuple[int, tuple[int, int]], np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
     """What `DataConfig.cache` keeps: (image, its decoded (h, w)) -> uint8 [h, w, 3]."""
 

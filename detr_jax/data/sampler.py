@@ -255,6 +255,7 @@ class EvalSampler(_Sampler):
         index: the validation set.
         data: scale and buckets.
         batch_size: global batch b.
+        flip: every image left to right.
 
     Raises:
         ValueError: an image fits none of `data.buckets`.
@@ -263,7 +264,7 @@ class EvalSampler(_Sampler):
     two_resizes = False
     """No image is resized twice: an argument of `resample`."""
 
-    def __init__(self, index: DatasetIndex, data: DataConfig, batch_size: int):
+    def __init__(self, index: DatasetIndex, data: DataConfig, batch_size: int, *, flip: bool = False):
         super().__init__(index, data, batch_size)
         if data.eval_scale < 1:
             raise ValueError(f"data.eval_scale: got {data.eval_scale}, expected a size in pixels")
@@ -275,7 +276,7 @@ class EvalSampler(_Sampler):
         self.buckets = tuple(buckets[i] for i in np.unique(smallest_bucket(buckets, sizes)))
         self.only_flip = self._fills_bucket(sizes)
         """No image is resized: an argument of `resample`."""
-        self._draw = self._uncropped(np.zeros(len(index), bool), sizes)
+        self._draw = self._uncropped(np.full(len(index), flip), sizes)
         self._batches: list[tuple[Bucket, np.ndarray]] = []
         bucket_of = smallest_bucket(self.buckets, sizes)
         for i, bucket in enumerate(self.buckets):

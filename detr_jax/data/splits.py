@@ -10,16 +10,19 @@ from detr_jax.data.image import DataError
 from detr_jax.data.index import DatasetIndex, Split
 
 
-def load_split(data: DataConfig, split: Split, category_ids: Sequence[int] | None = None) -> DatasetIndex:
+def load_split(
+    data: DataConfig, split: Split, category_ids: Sequence[int] | None = None, *, annotated: bool = True
+) -> DatasetIndex:
     """Reads the training or validation set that `data` describes.
 
     Args:
         data: which files, and what to do with bad ones.
         split: `train` or `val`.
         category_ids: label -> category id of a checkpoint; `None` takes all the categories of the annotations.
+        annotated: the set must have annotations.
 
     Raises:
-        DataError: see the table above.
+        DataError: see the table in `coco`.
     """
     if data.tfds is not None:
         from detr_jax.data.tfds import load_tfds
@@ -40,6 +43,11 @@ def load_split(data: DataConfig, split: Split, category_ids: Sequence[int] | Non
         on_bad_annotation=data.on_bad_annotation,
         category_ids=category_ids,
     )
+    if annotated and not index.annotated:
+        raise DataError(
+            f"{annotations}: annotations: missing, expected a list. A set without annotations can only be detected on: "
+            "python eval.py --checkpoint DIR --results FILE"
+        )
     other = (data.val_annotations, data.train_annotations)[split == "val"]
     if annotations == Path(data.root) / "annotations.json" and other is None:
         index = dataclasses.replace(index, report=(*index.report, "training and validation are the same images"))

@@ -65,7 +65,7 @@ def deform_conv(
     x, offsets, kernel = (jnp.asarray(z) for z in (x, offsets, kernel))
     modulation = None if modulation is None else jnp.asarray(modulation)
     _check(x, offsets, modulation, kernel, stride, padding, dilation, groups)
-    name = implementation or best_implementation(x.shape[1:3])
+    name = implementation or best_implementation((x.shape[1], x.shape[2]))
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={name!r} is unknown: expected one of {sorted(IMPLEMENTATIONS)} or None")
     b, h, w = offsets.shape[:3]
