@@ -1,4 +1,4 @@
-"""Denoising queries and what they reconstruct (DINO, section 3.3); how stable the matching is (DN-DETR, section 3.1)."""
+"""Denoising queries and what they reconstruct (DINO, section 3.3); how stable matching is (DN-DETR, section 3.1)."""
 
 import dataclasses
 import functools

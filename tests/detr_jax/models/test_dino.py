@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from detr_jax.config import DINOConfig
+from detr_jax.config import DINOConfig, LossConfig
 from detr_jax.denoising import Noise, denoising_queries, draw_noise, num_slots, visible
+from detr_jax.losses import denoising_terms
 from detr_jax.models import build
 
 SIZE = (100, 135)
@@ -162,6 +163,37 @@ def test_denoising_changes_nothing_else_and_groups_do_not_see_each_other(our_ste
         np.testing.assert_array_equal(outputs[name], changed[name])
     np.testing.assert_array_equal(outputs["dn_boxes"][:, :, :6], changed["dn_boxes"][:, :, :6])
     assert np.abs(outputs["dn_boxes"][:, :, 6:12] - changed["dn_boxes"][:, :, 6:12]).max() > 1e-3
+
+
+def test_eight_devices_draw_the_queries_and_losses_of_one():
+    rng = np.random.default_rng(0)
+    config, loss = dataclasses.replace(dino_cases.SMALL, denoising_queries=10), LossConfig.dino()
+    targets = {
+        "boxes_cxcywh": rng.uniform(0.2, 0.6, (8, 3, 4)).astype(np.float32),
+        "labels": rng.integers(0, 5, (8, 3)).astype(np.int32),
+        "num_boxes": np.arange(8, dtype=np.int32) % 4,
+    }
+    slots = num_slots(config, 3)
+    outputs = {
+        "pred_logits": rng.normal(size=(2, 8, slots, 5)).astype(np.float32),
+        "pred_boxes": rng.uniform(0.2, 0.6, (2, 8, slots, 4)).astype(np.float32),
+    }
+
+    @jax.jit
+    def terms(outputs, targets, step):
+        key = jax.random.fold_in(jax.random.key(0), step)
+        queries = denoising_queries(targets, draw_noise(key, 8, slots, 5), config)
+        return queries, denoising_terms(outputs, queries, targets, loss)
+
+    expected = terms(outputs, targets, 7)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(targets, jax.NamedSharding(mesh, jax.P("data")))
+        actual = terms(jax.device_put(outputs, jax.NamedSharding(mesh, jax.P(None, "data"))), sharded, 7)
+    jax.tree.map(np.testing.assert_array_equal, actual[0], expected[0])
+    assert actual[0].num_groups == 3 and len(expected[1]) == 6
+    # The same float32 terms, added in another order.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), actual[1], expected[1])
 
 
 def test_initialization():
