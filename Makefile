@@ -22,7 +22,7 @@ test-slow: $(VENV)/.installed-test
 # The TPU kernels, compiled for five generations of TPUs that this machine does not have.
 test-aot: $(VENV)/.installed-test
 	$(BIN)/pip install --quiet --editable '.[tpu]'
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow tests/test_aot.py tests/test_sparsecore.py
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow tests/pallas_kernels
 
 # Each one in its short form, from a clean kernel, on the wheel.
 notebooks: $(VENV)/.installed-test

@@ -1,6 +1,6 @@
 """What the TPU's compiler says of a program, on a machine that has no TPU.
 
-`libtpu` compiles for real slices anywhere. Its optimised HLO carries an estimate of cycles for most operations, and
+`libtpu` compiles for real slices anywhere. Its optimized HLO carries an estimate of cycles for most operations, and
 its dumps show the bundles (instructions that are issued together) of kernels and gathers, which have no estimate. Both
 count work that is issued, not waiting: for memory, for the matrix unit's last result, for other chips. A real program
 takes longer; the ratio of two of them is more to be trusted than either.

@@ -3,28 +3,35 @@
 One program is a block of queries of one head of one image. Nothing here has been timed; the choices follow from how a
 GPU fetches memory, and from what Triton and ptxas make of the kernels for compute capability 9.0:
 
-- A sample is four rows of `d` consecutive channels. Neighbouring threads fetch a row in 16-byte pieces and use it at
+- A sample is four rows of `d` consecutive channels. Neighboring threads fetch a row in 16-byte pieces and use it at
   once, forward and backward; no gathered row is ever written back to memory.
 - Indices and shares are worked out once per point, on vectors of queries, and broadcast over the channels. A block has
   fewer queries than threads, so Triton keeps such a vector where its rows are: no shared memory, no barriers.
-- Levels are unrolled, points are a loop. That leaves 64 registers a thread forward (40 in bfloat16) and 80 backward, so
+- Levels are unrolled, points are a loop. That leaves 64 registers per thread forward (40 in bfloat16) and 80 backward, so
   that many warps hide each other's fetches; with points unrolled too there were 255, and the compiler took a minute.
 - Query blocks are the innermost grid axis: what runs at one time reads mostly one head's maps, 3 MB of the 23 MB of
-  800x1333 in float32, and queries that are neighbours read the same lines.
-- Backward, the gradients of locations and weights come from four dot products a sample, reduced over channels in
+  800x1333 in float32, and queries that are neighbors read the same lines.
+- Backward, the gradients of locations and weights come from four dot products per sample, reduced over channels in
   registers. The gradient of `value` is added atomically in float32, four channels at a time where the GPU can. Atomics
-  order a program's warps by barriers: hence one warp a program. The order of the sums, and so their last bits, may
+  order a program's warps by barriers: hence one warp per program. The order of the sums, and so their last bits, may
   change from run to run.
 """
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jax.ref
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.derivatives import first_order
+
+try:
+    from jax.experimental.pallas import triton as plt
+except ImportError:  # jax 0.12 calls it deprecated; later ones will not have it
+    plt: Any = None
 
 WARP_ELEMENTS = 256
 """Queries x padded channels of a warp."""
@@ -53,7 +60,15 @@ def ms_deform_attn_gpu(
 
     Returns:
         `[b, q, h, d]` in `value`'s type, accumulated in float32.
+
+    Raises:
+        NotImplementedError: this JAX has no Triton backend.
     """
+    if plt is None:
+        raise NotImplementedError(
+            f"implementation='gpu' needs the Triton backend of Pallas, which jax {jax.__version__} does not have: "
+            "use implementation='reference', or an earlier jax (0.12 has it)"
+        )
     return _attend(value, tuple(map(tuple, spatial_shapes)), sampling_locations, attention_weights, interpret)
 
 
@@ -69,7 +84,7 @@ def _forward(value, spatial_shapes, locations, weights, interpret):
 
 
 def _backward(spatial_shapes, interpret, inputs, gradient):
-    value, locations, weights = inputs
+    value, locations, weights, gradient = first_order("ms_deform_attn", (*inputs, gradient))
     zeros = jnp.zeros_like(value, jnp.float32)
     # In float32 before the kernel, so that rows are read in the layout in which they are added.
     inputs = value.astype(jnp.float32), locations, weights, gradient.astype(jnp.float32), zeros
@@ -172,7 +187,7 @@ def _corners(locations_ref, place, live, spatial_shapes):
     start = sum(height * width for height, width in spatial_shapes[:level])
     height, width = spatial_shapes[level]
     columns, lines = (
-        _neighbours(_load(locations_ref.at[*place, axis], live), size) for axis, size in enumerate((width, height))
+        _neighbors(_load(locations_ref.at[*place, axis], live), size) for axis, size in enumerate((width, height))
     )
     return [
         (start + row * width + column, live & inside_y & inside_x, share_y, share_x)
@@ -181,15 +196,15 @@ def _corners(locations_ref, place, live, spatial_shapes):
     ]
 
 
-def _neighbours(location, size):
+def _neighbors(location, size):
     """The two pixels beside each point on one axis: index, whether it is inside the map, and share."""
     position = location * size - 0.5
     low = jnp.floor(position)
-    neighbours = []
+    neighbors = []
     for pixel, share in ((low, low + 1 - position), (low + 1, position - low)):
         inside = (pixel >= 0) & (pixel < size)
-        neighbours.append((jnp.where(inside, pixel, 0).astype(jnp.int32), inside, jnp.where(inside, share, 0)))
-    return neighbours
+        neighbors.append((jnp.where(inside, pixel, 0).astype(jnp.int32), inside, jnp.where(inside, share, 0)))
+    return neighbors
 
 
 def _rows(ref, image, row, head, channel, mask):

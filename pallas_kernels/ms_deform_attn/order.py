@@ -1,4 +1,4 @@
-"""Block order: tokens grouped by squares of the map, so that neighbours on the map are neighbours in memory.
+"""Block order: tokens grouped by squares of the map, so that neighbors on the map are neighbors in memory.
 
 The TensorCore kernel works on units of 8 x 8 pixels and on tiles of two units side by side, 128 queries. A level's map
 is padded to whole tiles; its units follow one another row by row, and the 64 tokens of a unit too. A model permutes its

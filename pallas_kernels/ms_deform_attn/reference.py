@@ -1,9 +1,12 @@
-"""The definition of multi-scale deformable attention: bilinear samples, gathered.
+"""The definition of multi-scale deformable attention (Deformable DETR, equation 3): bilinear samples, gathered.
 
 Bilinear sampling is a sparse matrix: each output is a weighted sum of `4 x levels x points` rows of the value table.
 `bilinear` makes that matrix with plain operations, whose gradients with respect to locations and weights are JAX's own.
-`sparse_matmul` multiplies by it, block by block, forward and backward: the gathered rows, 64 times as large as the
-output in the published models, are never there as a whole, and on a CPU a block of them stays in the cache.
+`sparse_matmul` multiplies by it, block by block, forward and backward. The gathered rows, 64 times as large as the
+output in the published models, never exist as a whole, and on a CPU a block of them stays in the cache.
+
+Complexity (the paper's appendix A.1): `4 x levels x points` multiplications per query and channel, linear in queries
+and independent of the size of the maps.
 """
 
 import functools
@@ -29,8 +32,8 @@ def ms_deform_attn_reference(
 ) -> jax.Array:
     """Shapes and semantics of `ms_deform_attn`; `interpret` changes nothing.
 
-    Pixel centres lie at half-integers (`align_corners=False`); pixels outside the map are zero. The output is not
-    differentiable where a point crosses a pixel centre: the gradient there is that of the cell on its right and below.
+    Pixel centers lie at half-integers (`align_corners=False`); pixels outside the map are zero. The output is not
+    differentiable where a point crosses a pixel center: the gradient there is that of the cell on its right and below.
     """
     b, s, h, d = value.shape
     token, weight = bilinear(
@@ -46,7 +49,7 @@ def ms_deform_attn_reference(
 def bilinear(
     spatial_shapes: Sequence[tuple[int, int]], locations: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The four pixels around each point and their weights, zero outside the map.
+    """The four pixels around each point and their bilinear weights times the point's, zero outside the map.
 
     Args:
         spatial_shapes: (height, width) of each of the `l` levels.
@@ -59,7 +62,7 @@ def bilinear(
     sizes = np.array([(width, height) for height, width in spatial_shapes], np.int32)[:, None]  # [l, 1, 2]
     level_start = np.cumsum([0, *(height * width for height, width in spatial_shapes[:-1])], dtype=np.int32)[:, None]
     token, share = corners(locations * sizes - 0.5, sizes)
-    return level_start[..., None] + token, weights[..., None] * share
+    return token + level_start[..., None], weights[..., None] * share
 
 
 def corners(position: jax.Array, sizes: np.ndarray) -> tuple[jax.Array, jax.Array]:
@@ -73,12 +76,12 @@ def corners(position: jax.Array, sizes: np.ndarray) -> tuple[jax.Array, jax.Arra
         Pixels (int32, row by row) and weights, both `[..., 4]`.
     """
     low = jnp.floor(position)
-    neighbours = []
+    neighbors = []
     for pixel, share in ((low, low + 1 - position), (low + 1, position - low)):
         inside = (pixel >= 0) & (pixel < sizes)
-        neighbours.append((jnp.clip(pixel, 0, sizes - 1).astype(jnp.int32), jnp.where(inside, share, 0)))
+        neighbors.append((jnp.clip(pixel, 0, sizes - 1).astype(jnp.int32), jnp.where(inside, share, 0)))
     pixels, shares = [], []
-    for (row, share_y), (column, share_x) in itertools.product(neighbours, neighbours):
+    for (row, share_y), (column, share_x) in itertools.product(neighbors, neighbors):
         pixels.append(row[..., 1] * sizes[..., 0] + column[..., 0])
         shares.append(share_y[..., 1] * share_x[..., 0])
     return jnp.stack(pixels, -1), jnp.stack(shares, -1)
@@ -104,7 +107,7 @@ def _forward(block_rows, table, index, weight):
         index, weight = block
         return jnp.einsum("nkd,nk->nd", gather(table, index), weight, precision="highest")
 
-    return unblocked(jax.lax.map(multiply, blocked((index, weight), block_rows)), len(index))
+    return unblocked(jax.lax.map(multiply, blocked((index, weight), block_rows)), index.shape[0])
 
 
 def _backward(block_rows, table, index, weight, gradient):
@@ -116,7 +119,7 @@ def _backward(block_rows, table, index, weight, gradient):
 
     zeros = jnp.zeros_like(table, jnp.float32)
     grad_table, grad_weight = jax.lax.scan(multiply, zeros, blocked((index, weight, gradient), block_rows))
-    return grad_table.astype(table.dtype), None, unblocked(grad_weight, len(index))
+    return grad_table.astype(table.dtype), None, unblocked(grad_weight, index.shape[0])
 
 
 sparse_matmul.defvjp(
@@ -138,8 +141,12 @@ def gather(table: jax.Array, index: jax.Array) -> jax.Array:
 def blocked(arrays: Sequence[jax.Array], block_rows: int) -> list[jax.Array]:
     """Each `[n, ...]` as `[blocks, n / blocks, ...]`, filled up with zeros; the first one is the index."""
     n, samples = arrays[0].shape
-    blocks = max(1, round(n * samples / block_rows))
-    size = -(-n // blocks)
+    if isinstance(n, int):
+        blocks = max(1, round(n * samples / block_rows))
+        size = -(-n // blocks)
+    else:  # a symbolic size of `jax.export`
+        size = max(1, block_rows // samples)
+        blocks = -(-n // size)
     return [
         jnp.pad(x, ((0, blocks * size - n), *((0, 0) for _ in x.shape[1:]))).reshape(blocks, size, *x.shape[1:])
         for x in arrays

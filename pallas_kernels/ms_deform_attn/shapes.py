@@ -50,11 +50,11 @@ SHAPES = {
 SMALL = {
     "one_of_each": Shape(1, ((1, 1),), 1, heads=1, head_dim=16, points=1),
     "odd_encoder": Shape(2, ((11, 19), (6, 10), (3, 5)), None, heads=2, head_dim=16, points=3),
-    "odd_decoder": Shape(1, ((17, 9), (1, 1)), 131, heads=3, head_dim=24, points=2),
+    "odd_decoder": Shape(1, ((4, 16), (1, 1)), 131, heads=3, head_dim=24, points=2),
     "wide_heads": Shape(1, ((9, 33),), 20, heads=1, head_dim=128, points=4),
 }
 """Sizes that a test can run in interpret mode, each with what may go wrong: uneven maps, a level of one pixel, one
-query, a last tile that is not full, head widths that are not a power of two."""
+query, a last tile that is not full, a head dim that is not a power of two."""
 
 
 class Problem(NamedTuple):

@@ -1,11 +1,11 @@
 """Multi-scale deformable attention on the SparseCores of a TPU (v5p, v6e, 7x), in Pallas.
 
-A SparseCore's vector subcore reads and writes its own memory at a vector of addresses, one a lane. So each subcore
-keeps the values of one image and head, of all levels but only a few channels, in its memory and walks over all queries:
+A SparseCore's vector subcore reads and writes its own memory at a vector of addresses, one per lane. So each subcore
+keeps a few channels of the values of one image and head, of all levels, in its memory and walks over all queries:
 the cost does not depend on where the points lie. The TensorCore makes the addresses and bilinear weights beforehand
 (`corners`, whose gradients are JAX's own), and the kernels multiply by that sparse matrix:
 
-- `gather`, the forward: the lanes are queries; each corner of each point is one gather a plane.
+- `gather`, the forward: the lanes are queries; each corner of each point is one gather per plane.
 - `gather_products`, the gradient of the bilinear weights: the same gathers, multiplied by the output's gradient.
 - `scatter`, the gradient of the values: whether lanes with equal addresses add up in one scatter is documented nowhere,
   so no two ever have one. The lanes are the four corners of a point, which are four pixels, by a few points of one
@@ -28,6 +28,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import tpu_sc as plsc
 
+from pallas_kernels.derivatives import first_order
+
 PLANES = (4, 2, 1)  # of a subcore: the most that fit; with more, the unrolled loops would be long
 CHUNKS = (128, 64, 32, 16)  # queries that a subcore reads at a time: the most that fit
 RESERVED_BYTES = 4096  # of a subcore's memory, for the compiler
@@ -41,14 +43,14 @@ def ms_deform_attn_sparsecore(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """Shapes and semantics of `ms_deform_attn`, gradients at pixel centres included; any batch, levels, heads, points.
+    """Shapes and semantics of `ms_deform_attn`, gradients at pixel centers included; any batch, levels, heads, points.
 
     Args:
         value: `[b, s, h, d]`, float32 or bfloat16.
         spatial_shapes: (height, width) of each of the `l` levels; static.
         sampling_locations: `[b, q, h, l, p, 2]`.
         attention_weights: `[b, q, h, l, p]`.
-        interpret: run without a TPU; JAX itself has no rules for that, `tests/sparsecore_interpreter.py` adds them.
+        interpret: run without a TPU; JAX itself has no rules for that, the tests' `sparsecore_interpreter.py` adds them.
 
     Raises:
         ValueError: the device has no SparseCore, or not even one plane of `s` tokens fits a subcore's memory.
@@ -119,7 +121,7 @@ def attend(split, interpret, value, base, share) -> jax.Array:
 
 
 def _attend_backward(split, interpret, inputs, gradient):
-    value, base, share = inputs
+    value, base, share, gradient = first_order("ms_deform_attn", (*inputs, gradient))
     grad_share = gather_products(split, value, base, gradient, interpret)
     grad_value = scatter(split.exact(), base, share, gradient, interpret)
     return grad_value.astype(value.dtype), None, grad_share
@@ -321,7 +323,7 @@ class Split:
 
     @property
     def bytes(self) -> int:
-        """Memory of a subcore: its planes and, twice, to copy while it computes, what it reads and writes a chunk."""
+        """Memory of a subcore: its planes and, twice, to copy while it computes, what it reads and writes per chunk."""
         samples = -(-len(self.widths) // 4) * 4
         return 4 * (self.planes * self.plane + 2 * self.chunk * (5 * samples + self.channels)) + RESERVED_BYTES
 

@@ -15,7 +15,7 @@ the four pixels around it: selected, not gathered, as each of them is in just on
 weights follow from these four numbers. At a kink they are those of the cell on the right and below.
 
 In the kernels, arrays have features on sublanes and tokens on lanes, which is how XLA lays out projections of the
-tokens for them. `docs/kernels.md` explains the steps and says what has been seen.
+tokens for them. `docs/kernels.md` explains the steps and says what has been verified.
 """
 
 import functools
@@ -28,6 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.derivatives import first_order
 from pallas_kernels.ms_deform_attn.order import TILE, UNIT, BlockOrder, block_order
 from pallas_kernels.ms_deform_attn.tensorcore_kernels import backward_kernel, forward_kernel, touched_kernel
 from pallas_kernels.ms_deform_attn.tensorcore_walk import PIXELS, Part, parts, tile_walks, too_large, unit_places
@@ -74,8 +75,8 @@ def ms_deform_attn_tensorcore(
     q, d = sampling_locations.shape[1], value.shape[-1]
     # A grid of queries is tiled like the map; otherwise 128 queries in a row are a tile.
     permute = not in_blocks and q == value.shape[1] == sum(height * width for height, width in spatial_shapes)
-    if not in_blocks:
-        value = order.to_blocks(value)
+    # The padding must be finite: kernels multiply it by zeros.
+    value = jnp.where(order.is_token[:, None, None], value, 0) if in_blocks else order.to_blocks(value)
     if permute:
         sampling_locations, attention_weights = map(order.to_blocks, (sampling_locations, attention_weights))
     value = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, -d % 16))).transpose(0, 2, 3, 1)
@@ -182,7 +183,8 @@ def _attend_forward(value, x, y, weight, order, interpret):
 
 
 def _attend_backward(order, interpret, residuals, gradient):
-    value, *samples, extents = residuals
+    *inputs, extents = residuals
+    value, *samples, gradient = first_order("ms_deform_attn", (*inputs, gradient))
     d, dtype = value.shape[2], value.dtype
     rows = samples[0].shape[2]
     # Besides the values and their gradient, each twice, a transposed copy and the gradient in both halves of the lanes.

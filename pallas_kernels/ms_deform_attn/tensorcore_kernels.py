@@ -133,7 +133,6 @@ def forward_kernel(
             return 0
 
         lax.fori_loop(0, value_ref.shape[3] // TILE, duplicate, 0)
-        matrix_ref[...] = jnp.zeros_like(matrix_ref)
 
     def tile(t, _):
         walk = Walk(place_ref, walk_ref, t, bands=bands, units=unit_ref.shape[0], unroll=hat_ref.shape[0])
@@ -156,7 +155,8 @@ def forward_kernel(
 
         for i, ref in enumerate((x_ref, y_ref, weight_ref)):
             sample_ref[i] = ref[0, 0, :, lanes]
-        pair_ref[...] = jnp.zeros_like(pair_ref)  # the first iteration multiplies the matrix of another tile by it
+        # The first iteration multiplies these two. Zeros, as 0 times a NaN of the tile before would be a NaN.
+        matrix_ref[...], pair_ref[...] = jnp.zeros_like(matrix_ref), jnp.zeros_like(pair_ref)
         sum_ref[...] = jnp.zeros_like(sum_ref)
         lax.fori_loop(0, walk.iterations, iteration, walk.take(walk.start()))
         multiply()

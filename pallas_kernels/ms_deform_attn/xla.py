@@ -3,8 +3,8 @@
 A TPU gathers whole rows of 128 lanes, or wastes what a row does not fill. So the table has one row for each *cell*
 between four pixels (of the map with a border of zeros): its four corners side by side, 4 x 32 channels in the published
 models. A sample is one gathered row instead of four, and backward one scattered row. Images and heads, and for each of
-them levels and points, are taken one after another: table, rows and sums stay in the chip's vector memory (some 12 MB
-each at 800x1333), and the gathered rows, 64 times the output, never are in HBM. Forward and backward gather anew.
+them levels and points, are taken one after another: table, rows and sums stay in the chip's vector memory (about 12
+MB each at 800x1333), and the gathered rows, 64 times the output, are never in HBM. Forward and backward gather anew.
 Queries are the last axis of all that has no channels, so that no lane is empty.
 """
 

@@ -106,7 +106,7 @@ def test_hazard_model(hazard):
 @pytest.mark.parametrize("hazard", [False, True])
 def test_benchmark_finds_lost_updates(hazard, capsys):
     """The probe that asks a real TPU."""
-    benchmark = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "sparsecore.py"))
+    benchmark = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "sparsecore.py"))
     with sparsecore_interpreter(cores=1, subcores=1, hazard=hazard):
         benchmark["duplicates"](interpret=True)
     lanes, following = capsys.readouterr().out.splitlines()
