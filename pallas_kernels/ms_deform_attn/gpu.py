@@ -7,7 +7,7 @@ GPU fetches memory, and from what Triton and ptxas make of the kernels for compu
   once, forward and backward; no gathered row is ever written back to memory.
 - Indices and shares are worked out once per point, on vectors of queries, and broadcast over the channels. A block has
   fewer queries than threads, so Triton keeps such a vector where its rows are: no shared memory, no barriers.
-- Levels are unrolled, points are a loop. That leaves 64 registers per thread forward (40 in bfloat16) and 80 backward, so
+- Levels are unrolled, points are a loop. That leaves 64 registers per thread forward (40 in bfloat16), 80 backward, so
   that many warps hide each other's fetches; with points unrolled too there were 255, and the compiler took a minute.
 - Query blocks are the innermost grid axis: what runs at one time reads mostly one head's maps, 3 MB of the 23 MB of
   800x1333 in float32, and queries that are neighbors read the same lines.

@@ -50,7 +50,7 @@ def ms_deform_attn_sparsecore(
         spatial_shapes: (height, width) of each of the `l` levels; static.
         sampling_locations: `[b, q, h, l, p, 2]`.
         attention_weights: `[b, q, h, l, p]`.
-        interpret: run without a TPU; JAX itself has no rules for that, the tests' `sparsecore_interpreter.py` adds them.
+        interpret: run without a TPU; JAX has no rules for that, the tests' `sparsecore_interpreter.py` adds them.
 
     Raises:
         ValueError: the device has no SparseCore, or not even one plane of `s` tokens fits a subcore's memory.

@@ -45,7 +45,7 @@ class Fields:
 
     def keep(self, word: jax.Array, *names: str) -> jax.Array:
         """A word with its other fields set to 0."""
-        return word & self.pack(**{name: self.limit(name) - 1 for name in names})
+        return word & int(self.pack(**{name: np.int32(self.limit(name) - 1) for name in names}))
 
 
 PLACE = Fields(band=11, column=10, sample=11)
