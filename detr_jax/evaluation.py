@@ -259,14 +259,14 @@ def evaluate_checkpoint(
     if not index.annotated and not results:
         raise ValueError(f"{index.report[0]}, no annotations to score with: pass --results FILE for the detections")
     mesh = sharding.make_mesh()
-    model = restore_model(directory, step, config, mesh)
+    graphdef, params, buffers = restore_model(directory, step, config, mesh)
     with jax.set_mesh(mesh):
         if tta is None:
             sampler = EvalSampler(index, data, batch_size)
-            detect = make_detect_step(config, model[0], sampler)
-            detections = as_results(detect_on(detect, *model[1:], sampler, data, mesh), index)
+            detect = make_detect_step(config, graphdef, sampler)
+            detections = as_results(detect_on(detect, params, buffers, sampler, data, mesh), index)
         else:
-            detections = detect_views(config, model, index, tta, batch_size, mesh)
+            detections = detect_views(config, (graphdef, params, buffers), index, tta, batch_size, mesh)
     scores = score(index.ground_truth(), detections) if index.annotated else None
     if jax.process_index() == 0:
         views = [] if tta is None else [f"test-time augmentation: {len(tta.views)} views, scales {tta.scales}"]

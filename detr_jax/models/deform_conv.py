@@ -56,10 +56,19 @@ class DeformConv(nnx.Module):
         modulation = None
         if self.version == 2:
             modulation = nnx.sigmoid(channels[..., 2 * count :]).reshape(offsets.shape[:-1])
-        place = {"stride": self.stride, "padding": self.dilation, "dilation": self.dilation}
-        capture(self, "sampling_positions", sampling_positions(offsets, **place))
+        stride, padding, dilation = self.stride, self.dilation, self.dilation
+        capture(self, "sampling_positions", sampling_positions(offsets, stride, padding, dilation))
         capture(self, "modulation", modulation)
-        return deform_conv(x, offsets, modulation, self.kernel[...], groups=self.groups, **place)
+        return deform_conv(
+            x,
+            offsets,
+            modulation,
+            self.kernel[...],
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=self.groups,
+        )
 
 
 def plain_kernel_factor(version: int) -> int:
