@@ -217,7 +217,9 @@ def detect_views(
     return [
         row
         for image_id, found in zip(index.image_ids.tolist(), merged, strict=True)
-        for row in coco_results([image_id], *(z[None] for z in found), index.category_ids)
+        for row in coco_results(
+            [image_id], found.scores[None], found.labels[None], found.boxes_xyxy[None], index.category_ids
+        )
     ]
 
 
