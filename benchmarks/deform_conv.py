@@ -25,9 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import ahead_of_time
 from pallas_kernels.deform_conv import deform_conv
 from pallas_kernels.deform_conv.tensorcore import in_tiles
-from pallas_kernels.ms_deform_attn import ahead_of_time
 from pallas_kernels.ms_deform_attn.bench import Count, iterations, median_seconds
 from pallas_kernels.ms_deform_attn.order import block_order
 from pallas_kernels.ms_deform_attn.tensorcore import TILES, touched
