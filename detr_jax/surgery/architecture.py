@@ -36,7 +36,8 @@ def change_classes(
     """Other classes; what both lists have by name is kept: `change_classes(loaded, Categories.contiguous({1: "cat"}))`.
 
     The logits of kept classes and all boxes stay as they were (two-stage: if the proposals do, which output 0 of the
-    last head ranks, whatever class it is named after; it is kept at its place). DETR's "no object" is kept.
+    last head ranks, whatever class it is named after; it is kept at its place. DINO ranks proposals by their best
+    class: they stay where that is a kept one). DETR's "no object" is kept.
 
     Args:
         loaded: the detector.
@@ -58,8 +59,8 @@ def change_classes(
     head = np.array([*index, loaded.config.num_classes] if softmax else index)
     ranking = np.array([0, *(i if i != 0 else -1 for i in index[1:])])
     # DINO ranks proposals by their best class, whichever it is.
-    by_first = isinstance(loaded.config, DeformableDETRConfig) and not isinstance(loaded.config, DINOConfig)
-    last = loaded.config.decoder_layers if by_first and loaded.config.two_stage else None
+    two_stage = isinstance(loaded.config, DeformableDETRConfig) and loaded.config.two_stage
+    last = loaded.config.decoder_layers if two_stage and not isinstance(loaded.config, DINOConfig) else None
 
     def rule(path: Path) -> Origin:
         if path == ("label_embed",):
