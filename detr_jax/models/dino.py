@@ -87,6 +87,7 @@ class DINO(MultiScaleEncoder):
 
     def position_map(self, valid: jax.Array) -> jax.Array:
         config = self.config
+        assert isinstance(config, DINOConfig)
         return sine_map(valid, config.hidden_dim, half_pixel=config.half_pixel, temperature=config.position_temperature)
 
     def __call__(
@@ -111,6 +112,7 @@ class DINO(MultiScaleEncoder):
             `[layers, b, n, k]` and `[layers, b, n, 4]`, of those queries after every decoder layer.
         """
         config = self.config
+        assert isinstance(config, DINOConfig)
         memory, valid, valid_maps, valid_ratios, order = self.encode(images, sizes, rngs)
         spatial_shapes, in_blocks = shapes(valid_maps), order is not None
         capture(self, "valid_maps", tuple(valid_maps))
