@@ -222,7 +222,7 @@ def test_classes_of_dino():
     was, now = run(old), run(new)
     assert_close(now["pred_logits"][..., 1:], was["pred_logits"][..., [2, 0, 1]])
     assert_close(now["pred_boxes"], was["pred_boxes"])
-    was_rows, now_rows = (detector.model.label_embed[...] for detector in (old, new))
+    was_rows, now_rows = (np.asarray(detector.model.label_embed[...]) for detector in (old, new))
     np.testing.assert_array_equal(now_rows[1:], was_rows[[2, 0, 1, 3]])
 
 
