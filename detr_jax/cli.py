@@ -175,7 +175,7 @@ def convert(
     source: tyro.conf.Positional[str],
     target: tyro.conf.Positional[str],
     /,
-    naming: Literal["auto", "ours", "official", "transformers"] = "auto",
+    naming: Literal["auto", "ours", "official", "transformers", "detrex"] = "auto",
     dilation: bool | None = None,
     num_heads: int | None = None,
 ) -> None:
@@ -184,7 +184,8 @@ def convert(
     Args:
         source: A .pth or .safetensors file, a folder of transformers, or a run's folder.
         target: A .safetensors file, for the official names; a folder, for ours.
-        naming: Auto goes by the target; a folder can be of transformers instead (--naming transformers).
+        naming: Auto goes by the target; a folder can be of transformers instead (--naming transformers), a DINO's file
+            of detrex.
         dilation: DC5 or not, for files that do not tell.
         num_heads: Attention heads, for files that do not tell (8).
     """
@@ -193,8 +194,8 @@ def convert(
 
     if naming == "auto":
         naming = "official" if target.endswith(".safetensors") else "ours"
-    if (naming == "official") != target.endswith(".safetensors"):
-        raise ValueError(f"{target}: official names go to a .safetensors file, the others to a folder")
+    if (naming in ("official", "detrex")) != target.endswith(".safetensors"):
+        raise ValueError(f"{target}: official and detrex's names go to a .safetensors file, the others to a folder")
     if Path(target).exists():
         raise ValueError(f"{target}: exists already; remove it, or choose another name")
     loaded = load(source, dilation=dilation, num_heads=num_heads)
@@ -202,7 +203,7 @@ def convert(
     if naming == "ours":
         loaded.save(target)
     else:
-        save(target, loaded.model, loaded.config, loaded.categories)
+        save(target, loaded.model, loaded.config, loaded.categories, detrex=naming == "detrex")
     print(f"wrote {target}, {naming} names")
 
 

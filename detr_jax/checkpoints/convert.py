@@ -374,12 +374,17 @@ def load_backbone(
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
-def save(path: str | Path, model: nnx.Module, config: ModelConfig, categories: Categories) -> None:
+def save(
+    path: str | Path, model: nnx.Module, config: ModelConfig, categories: Categories, *, detrex: bool = False
+) -> None:
     """Writes a model for other implementations; float32, exact.
 
     A path that ends in `.safetensors` gets the official code's names (what `load_state_dict` there expects), and beside
     the tensors the configuration, so that reading it back needs no guess. Any other path becomes a folder of
     `transformers`: `config.json` and `model.safetensors`, for `from_pretrained`.
+
+    With `detrex`, a DINO's `.safetensors` gets detrex's names instead. Each decoder layer has heads of its own there.
+    Position encodings are no tensors: for a model with the official ones, set `temperature=20`, `offset=0.0` there.
 
     Raises:
         ValueError: the model has no counterpart there.
@@ -387,8 +392,10 @@ def save(path: str | Path, model: nnx.Module, config: ModelConfig, categories: C
     from safetensors.numpy import save_file
 
     path = Path(path)
+    if detrex and not isinstance(config, DINOConfig):
+        raise ValueError(f"{path}: only DINO is written with detrex's names; use the official ones")
     if path.suffix == ".safetensors":
-        key_map = OFFICIAL[type(config)]
+        key_map = DETREX_DINO if detrex else OFFICIAL[type(config)]
         file = path
         path.parent.mkdir(parents=True, exist_ok=True)
     else:
@@ -399,9 +406,10 @@ def save(path: str | Path, model: nnx.Module, config: ModelConfig, categories: C
         text = json.dumps(transformers_config(config, categories), indent=2)
         path.mkdir(parents=True, exist_ok=True)
         (path / "config.json").write_text(text)
+    written = dataclasses.replace(config, shared_heads=False) if isinstance(config, DINOConfig) and detrex else config
     facts = {
         "model": type(config).__name__,
-        "config": dataclasses.asdict(config),
+        "config": dataclasses.asdict(written),
         "category_ids": categories.ids,
         "category_names": categories.names,
     }

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from detr_jax.categories import Categories
 from detr_jax.checkpoints import convert, key_maps
 from detr_jax.checkpoints.load import Loaded, initialize_from, load
-from detr_jax.config import DINOConfig
+from detr_jax.config import DeformableDETRConfig, DINOConfig
 from detr_jax.models import build
 from detr_jax.models.trainable import split
 
@@ -98,6 +98,12 @@ def test_heads_of_all_layers_go_to_detrex(tmp_path):
     tensors = convert.export(model, config, key_maps.DETREX_DINO)
     for i, ours in ((0, 0), (1, 0), (2, 1)):
         np.testing.assert_array_equal(tensors[f"class_embed.{i}.bias"], model.class_embed[ours].bias[...])
+    convert.save(tmp_path / "detrex.safetensors", model, config, CELLS, detrex=True)
+    back = convert.load(tmp_path / "detrex.safetensors")
+    assert back.config == dataclasses.replace(config, shared_heads=False) and "detrex DINO" in back.report
+    np.testing.assert_array_equal(back.model.class_embed[1].bias[...], model.class_embed[0].bias[...])
+    with pytest.raises(ValueError, match="only DINO is written with detrex's names"):
+        convert.save(tmp_path / "x.safetensors", model, DeformableDETRConfig(), CELLS, detrex=True)
 
 
 def test_transformers_has_no_dino(tmp_path):
