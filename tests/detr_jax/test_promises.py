@@ -1,0 +1,196 @@
+"""What a run promises, in the form that takes seconds: `train()` itself, on sixteen images, with a frozen backbone.
+
+Resumed, it ends with the same bits; SIGTERM saves; a loss that is not finite stops it and says where; two processes
+train as one; the averaged parameters are the ones that are scored. `test_training.py` holds the long forms (`slow`):
+`kill -9`, Ctrl-C, and hundreds of steps.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from detr_jax import evaluation, train_step, training
+from detr_jax.checkpoints import store
+from detr_jax.data.sampler import TrainSampler
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny.sixteen_images(tmp_path_factory.mktemp("data") / "cells")
+
+
+def config(data, output_dir, **train):
+    """Three epochs of one step; a checkpoint and an evaluation after each."""
+    defaults = {"epochs": 3, "eval_every": 1, "checkpoint_every": 1, "keep_last": 3}
+    return tiny.fast_config(data, output_dir, **(defaults | train))
+
+
+def losses(directory: Path) -> dict[int, float]:
+    """Step -> loss, from `metrics.jsonl`."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """A run that nothing interrupted: its folder, the parameters that each evaluation scored, and traced buckets."""
+    directory = tmp_path_factory.mktemp("whole")
+    scored, traced = [], Counter()
+
+    def evaluate_model(detect, params, *args, **kwargs):
+        scored.append(jax.device_get(params))
+        return original_evaluate(detect, params, *args, **kwargs)
+
+    def postprocess(outputs, *args, **kwargs):
+        traced[outputs["pred_logits"].shape] += 1  # Python runs when the step is traced, not when it is called
+        return original_postprocess(outputs, *args, **kwargs)
+
+    original_evaluate, original_postprocess = evaluation.evaluate_model, train_step.postprocess
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "evaluate_model", evaluate_model)
+        patch.setattr(train_step, "postprocess", postprocess)
+        scores = training.train(config(data, directory))
+    assert scores is not None
+    return directory, scored, traced
+
+
+def saved(directory: Path, step: int) -> dict[str, np.ndarray]:
+    """All arrays of a checkpoint, by entry and path."""
+    from orbax.checkpoint import v1 as ocp
+
+    path = directory / "checkpoints" / str(step)
+    found = ocp.checkpointables_metadata(path).metadata
+    entries = {
+        entry: {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in found[entry].items()}
+        for entry in ("params", "ema", "opt_state", "step")
+    }
+    loaded = ocp.load_checkpointables(path, entries)
+    return {f"{entry}/{name}": value for entry, leaves in loaded.items() for name, value in leaves.items()}
+
+
+def test_three_evaluations_compile_the_detection_step_once_per_bucket(whole):
+    _, scored, traced = whole
+    assert len(scored) == 3
+    assert list(traced.values()) == [1], traced  # sixteen images of one shape: one bucket
+
+
+def test_the_averaged_parameters_are_scored_and_saved(whole):
+    directory, scored, _ = whole
+    for step, params in enumerate(scored, 1):
+        checkpoint = saved(directory, step)
+        ema = [value for name, value in checkpoint.items() if name.startswith("ema/")]
+        raw = [value for name, value in checkpoint.items() if name.startswith("params/")]
+        for got, expected in zip(jax.tree.leaves(params), ema, strict=True):
+            np.testing.assert_array_equal(got, expected)
+        assert any((a != b).any() for a, b in zip(raw, ema, strict=True))
+
+
+def test_a_checkpoint_answers_with_the_averaged_parameters(whole):
+    """`eval.py`, a `Detector`, fine-tuning and surgery read a run by `restore_model`."""
+    from detr_jax import sharding
+    from detr_jax.checkpoints.load import restore_model
+    from detr_jax.config import from_dict
+
+    directory, scored, _ = whole
+    metadata = store.read_metadata(str(directory), 3)
+    run = from_dict(metadata["config"], metadata["model"])
+    _, params, _ = restore_model(str(directory), 3, run, sharding.make_mesh(1))
+    for got, expected in zip(jax.tree.leaves(params), jax.tree.leaves(scored[-1]), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_a_resumed_run_ends_with_the_same_bits(data, whole, tmp_path):
+    """Parameters, their average, the optimizer's state and the losses."""
+    assert training.train(config(data, tmp_path, max_steps=1)) is not None
+    assert store.steps(str(tmp_path)) == [1]
+    assert training.train(config(data, tmp_path)) is not None
+    expected, got = saved(whole[0], 3), saved(tmp_path, 3)
+    assert expected.keys() == got.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(got[name], value, err_msg=name)
+    assert losses(tmp_path) == losses(whole[0])
+    assert (tmp_path / "curves.png").stat().st_size > 0
+
+
+def test_sigterm_saves_and_says_how_to_go_on(data, tmp_path, monkeypatch, capsys):
+    plan = TrainSampler.plan
+
+    def interrupted(self, step):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plan(self, step)
+
+    monkeypatch.setattr(TrainSampler, "plan", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    # Without evaluations or checkpoints of its own: what is saved, the signal saved.
+    assert training.train(config(data, tmp_path, epochs=9, eval_every=0, checkpoint_every=1000)) is None
+    assert "saved; the same command goes on from here" in capsys.readouterr().out
+    (step,) = store.steps(str(tmp_path))
+    assert 1 <= step < 9
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_terms_and_images(data, tmp_path, monkeypatch):
+    plan = TrainSampler.plan
+
+    def broken(self, step):
+        found = plan(self, step)
+        return dataclasses.replace(found, boxes_cxcywh=np.full_like(found.boxes_cxcywh, np.nan)) if step == 1 else found
+
+    monkeypatch.setattr(TrainSampler, "plan", broken)
+    run = config(data, tmp_path)
+    with pytest.raises(training.NonFiniteLossError) as error:
+        training.train(run)
+    message = str(error.value)
+    images = json.loads((data / "annotations/instances_train.json").read_text())["images"]
+    assert "step 1: the loss or the gradient is not finite" in message
+    assert "loss_giou" in message and "loss nan" in message
+    assert all(str(image["id"]) in message for image in images)
+    assert store.steps(str(tmp_path)) == [1]  # the step before the bad one
+
+
+def test_two_processes_give_the_losses_of_one(data, whole, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    run = tiny.write_config(tmp_path / "double.py", config(data, tmp_path / "double", eval_every=0, max_steps=2))
+    environment = os.environ | {
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4"),
+        "PYTHONPATH": str(ROOT),
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": "2",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), "--config", str(run)],
+            env=environment | {"JAX_PROCESS_ID": str(i)},
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for i in range(2)
+    ]
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    assert "2 process(es); batch 8 global, 4 per process" in outputs[0]
+    assert "step" not in outputs[1]  # only process 0 reports
+    one, two = losses(whole[0]), losses(tmp_path / "double")
+    assert two.keys() == {1, 2}
+    # The same batch over the same eight devices; sums between processes may be added in another order.
+    np.testing.assert_allclose(two[1], one[1], rtol=1e-5)
+    # The second step inherits that through Adam, which divides small gradients by their own size.
+    np.testing.assert_allclose(two[2], one[2], rtol=1e-3)
