@@ -79,7 +79,7 @@ def sixteen_images(folder: Path) -> Path:
 
 
 def fast_config(data: Path, output_dir: str | Path = "unused", **train) -> Config:
-    """As `config`, on the images of `sixteen_images`; one bucket and a frozen backbone, which is what compiles slowly."""
+    """As `config`, on the images of `sixteen_images`; with one bucket and a frozen backbone: it compiles fast."""
     run = config(output_dir, **train)
     tune = TuneConfig(freeze=("backbone",))
     return dataclasses.replace(

@@ -5,6 +5,7 @@ Nothing here is computed from this project's defaults: a changed default, or a c
 - DETR: facebookresearch/detr, `main.py` (defaults of `get_args_parser`) and README (500 epochs, 16 GPUs x 4 images).
 - Deformable DETR: fundamentalvision/Deformable-DETR, `main.py`, `configs/*.sh` and README (50 epochs, batch 32); ICLR
   2021 paper, section 5 and appendix A.4. The paper says Adam; the code uses AdamW.
+- DINO: IDEA-Research/DINO, `config/DINO/`.
 """
 
 import dataclasses
@@ -83,6 +84,48 @@ PUBLISHED = {
     "deformable_detr_r50_two_stage": ("Deformable", {"box_refinement": True, "two_stage": True}, {}, "46.9"),
 }
 """Config -> paper, its fields of the model, those of the backbone, and the repository's AP on val2017."""
+
+
+# IDEA-Research/DINO, config/DINO/DINO_4scale.py and its training scripts (which say dn_box_noise_scale=1.0); paper,
+# Table 2 and appendix D. The 5-scale model adds C2 as a fifth level.
+DINO_MODEL = TRANSFORMER | {
+    "dropout": 0.0,
+    "ffn_dim": 2048,
+    "num_queries": 900,
+    "max_detections": 300,
+    "num_levels": 4,
+    "encoder_points": 4,
+    "decoder_points": 4,
+    "denoising_queries": 100,
+    "label_noise": 0.5,
+    "box_noise": 1.0,
+    "position_temperature": 20.0,
+}
+DINO_OPTIM = OPTIM | {"lr": 1e-4, "backbone_lr_factor": 0.1, "offsets_lr_factor": 1.0}
+DINO = {
+    "dino_r50_4scale_12ep": ({}, 11, 12, "49.0"),
+    "dino_r50_5scale_12ep": ({"num_levels": 5}, 11, 12, "49.4"),
+    "dino_r50_4scale_24ep": ({}, 20, 24, "50.4"),
+    "dino_r50_4scale_36ep": ({}, 30, 36, "50.9"),
+}
+"""Config -> its fields of the model, the last epoch before the learning rate drops, epochs, AP on val2017."""
+
+
+@pytest.mark.parametrize("name", DINO)
+def test_dinos_configs_are_the_published_ones(name):
+    model, drop, epochs, ap = DINO[name]
+    config = cli.load_config(str(CONFIGS / f"{name}.py"))
+    expected = {
+        "model": DINO_MODEL | model,
+        "loss": DEFORMABLE_LOSS | {"class_weight": 1.0},
+        "data": DATA,
+        "optim": DINO_OPTIM,
+        "train": {"epochs": epochs, "batch_size": 16},
+    }
+    sections = dataclasses.asdict(config)
+    assert {s: {field: sections[s][field] for field in fields} for s, fields in expected.items()} == expected
+    assert round(config.optim.drop_at * epochs, 6) == drop
+    assert f"AP {ap}" in (CONFIGS / f"{name}.py").read_text()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
