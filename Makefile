@@ -5,13 +5,18 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-slow test-aot notebooks parity lint clean
+.PHONY: demo picture test test-slow test-aot mutants notebooks parity lint docs clean
 
 # Huge pages make a step on the CPU an eighth shorter on Linux; other systems ignore the variable.
 demo: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 demo: $(VENV)/.installed
 	$(BIN)/python train.py --config configs/bccd.py
 	$(BIN)/python eval.py --checkpoint runs/bccd --pictures runs/bccd/pictures --results runs/bccd/results.json
+
+# The picture of the README, with the model of `make demo`.
+picture: $(VENV)/.installed
+	test -d runs/bccd/checkpoints || $(MAKE) demo
+	$(BIN)/python docs/draw_demo.py
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
@@ -23,6 +28,10 @@ test-slow: $(VENV)/.installed-test
 test-aot: $(VENV)/.installed-test
 	$(BIN)/pip install --quiet --editable '.[tpu]'
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow tests/pallas_kernels
+
+# Changes to the code that a test must notice, one by one.
+mutants: $(VENV)/.installed-test
+	$(BIN)/python tests/mutants.py
 
 # Each one in its short form, from a clean kernel, on the wheel.
 notebooks: $(VENV)/.installed-test
@@ -36,8 +45,12 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# The pages of `docs/` with the API from the docstrings, into `site/`; a broken link is an error.
+docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build
+
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) runs build site *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -53,4 +66,8 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 $(VENV)/.installed-parity: $(VENV)/.installed-test
 	$(BIN)/pip install --quiet '$(TORCH)' 'transformers>=5' safetensors
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/bin/python pyproject.toml
+	$(BIN)/pip install --quiet --editable '.[docs]'
 	touch $@

@@ -343,7 +343,7 @@ class LossConfig:
     """Set prediction: matching costs and loss weights. The defaults are Deformable DETR's."""
 
     classification: Literal["focal", "softmax"] = "focal"
-    """`focal` (sigmoid, Deformable DETR) or `softmax` with a last "no object" class (DETR)."""
+    """`focal` (sigmoid, Deformable DETR) or `softmax` with a last no-object class (DETR)."""
     class_weight: float = 2.0
     """Weight of the classification loss."""
     l1_weight: float = 5.0
@@ -361,9 +361,9 @@ class LossConfig:
     focal_gamma: float = 2.0
     """Focal loss: focusing exponent."""
     no_object_weight: float = 0.1
-    """Softmax loss: weight of the "no object" class."""
+    """Softmax loss: weight of the no-object class."""
     aux_loss: bool = True
-    """Supervise every decoder layer, each matched on its own."""
+    """Auxiliary losses: supervise every decoder layer, each matched on its own."""
     giou_epsilon: float = 0.0
     """Added to the areas that IoU and GIoU divide by, in the loss and in the matching (DINO's code: 1e-6)."""
     matcher: Literal["device", "scipy"] = "device"

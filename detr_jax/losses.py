@@ -1,4 +1,4 @@
-"""The set prediction losses of DETR, Deformable DETR and DINO."""
+"""The set prediction losses: DETR's (the Hungarian loss, equation 2), Deformable DETR's and DINO's."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,12 +23,13 @@ def set_prediction_loss(
     The terms have the names and the definitions of the official criteria, before weighting:
 
     - `loss_ce`: "focal": the sigmoid focal loss, summed over queries and classes, / number of boxes. "softmax": the
-      weighted mean of the cross-entropy over all queries; unmatched ones are "no object" and weigh `no_object_weight`.
+      weighted mean of the cross-entropy over all queries; unmatched ones are of the no-object class, whose weight is
+      `no_object_weight`.
     - `loss_bbox`: L1 distance of matched boxes (cxcywh), summed, / number of boxes.
     - `loss_giou`: 1 - GIoU of matched boxes, summed, / number of boxes.
     - `cardinality_error` (not trained): mean over images of |queries whose best class is not the last - boxes|. The
-      last class is "no object" for DETR; Deformable DETR's code keeps this formula although its last class is an
-      ordinary one, and so do we.
+      last class is the no-object class for DETR; Deformable DETR's code keeps this formula although its last class is
+      an ordinary one, and so do we.
     - `class_error` (not trained; last layer only): percentage of matched queries whose best class is not the
       target's; 100 without any target.
 

@@ -1,4 +1,4 @@
-"""Bipartite matching of targets and predictions: the costs of DETR and Deformable DETR, and an exact assignment.
+"""Hungarian matching, the bipartite matching of targets and predictions: costs, and an exact assignment.
 
 The assignment runs on the device, inside the jitted step. `config.matcher = "scipy"` calls back to the host instead.
 """
@@ -87,7 +87,7 @@ def _match_each(layers, boxes_cxcywh, labels, num_boxes, config):
 def match_cost(
     pred_logits: jax.Array, pred_boxes: jax.Array, labels: jax.Array, boxes_cxcywh: jax.Array, config: LossConfig
 ) -> jax.Array:
-    """What it costs to match each target with each query (DETR eq. 1 and appendix A.2; Deformable DETR appendix A.4).
+    """What it costs to match each target with each query (DETR, equation 1 and appendix A.2; Deformable DETR, A.4).
 
     The weighted sum of the class cost, the L1 distance of the boxes (cxcywh) and -GIoU. The class cost is -probability
     for "softmax"; for "focal" it is by how much the focal loss changes when the query becomes a positive of the class.

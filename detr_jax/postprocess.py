@@ -20,10 +20,10 @@ def postprocess(
     classification: Literal["focal", "softmax"],
     top_k: int = 100,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A model's outputs as detections; `PostProcess` of the official code of each paper.
+    """A model's outputs as detections; `PostProcess` of the official code of each paper. There is no NMS.
 
     `focal`: the `top_k` best (query, class) pairs by sigmoid score, best first, so that a query may give several.
-    `softmax`: for each query its best class other than the last, "no object"; in the queries' order.
+    `softmax`: for each query its best class other than the last, the no-object class; in the queries' order.
 
     Args:
         outputs: `pred_logits` [b, q, k] and `pred_boxes` [b, q, 4] cxcywh, relative to the image.

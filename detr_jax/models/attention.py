@@ -14,7 +14,10 @@ from pallas_kernels.ms_deform_attn import best_implementation
 
 
 class MultiHeadAttention(nnx.Module):
-    """Scaled dot-product attention with separate query, key and value inputs."""
+    """Multi-head attention with separate query, key and value inputs (Deformable DETR, equation 1).
+
+    Complexity: quadratic in the number of tokens, O(q s c), which is why DETR attends to one coarse map only.
+    """
 
     def __init__(self, features: int, num_heads: int, dropout: float, *, dtype=None, rngs: nnx.Rngs):
         # PyTorch draws the three projections as one [3c, c] matrix: Xavier's bound is that of fan_in + fan_out = 4c.
@@ -60,7 +63,11 @@ class MultiHeadAttention(nnx.Module):
 
 
 class MSDeformAttn(nnx.Module):
-    """Multi-scale deformable attention (paper section 4.1, equation 3)."""
+    """Multi-scale deformable attention (Deformable DETR section 4.1, equation 3; with one level it is equation 2).
+
+    Complexity: linear in the number of tokens, O(s c^2) for the projections and O(q h l p d) for the samples, so that
+    the encoder can attend to all levels at once. Each head first looks in its own direction: `offset_directions`.
+    """
 
     def __init__(
         self,

@@ -75,7 +75,10 @@ class DecoderLayer(nnx.Module):
 
 
 class InputProjection(nnx.Module):
-    """Convolution to the transformer's width (1x1, or 3x3 with stride 2 for an extra level) and GroupNorm."""
+    """Convolution to the transformer's width (1x1, or 3x3 with stride 2 for an extra level) and GroupNorm.
+
+    There is no FPN: levels exchange what they know by multi-scale deformable attention (paper section 4.1).
+    """
 
     def __init__(self, n_in: int, config: DeformableDETRConfig, *, size: int, stride: int, rngs: nnx.Rngs):
         xavier = nnx.initializers.xavier_uniform()
@@ -90,7 +93,7 @@ class InputProjection(nnx.Module):
 
 
 class Proposals(nnx.Module):
-    """Two-stage (paper section 4.3): every encoder token proposes a box; the best become the queries."""
+    """Two-stage (paper section 4.2): the encoder's tokens make region proposals; the best become the queries."""
 
     def __init__(self, config: DeformableDETRConfig, *, rngs: nnx.Rngs):
         c, dtype = config.hidden_dim, config.dtype

@@ -89,7 +89,7 @@ class DETR(nnx.Module):
             rngs: random numbers for dropout; `None` switches it off.
 
         Returns:
-            `pred_logits [b, q, k + 1]` (the last class is "no object"), `pred_boxes [b, q, 4]` (cx, cy, w, h in
+            `pred_logits [b, q, k + 1]` (the last is the no-object class), `pred_boxes [b, q, 4]` (cx, cy, w, h in
             0-1 of the valid image) and `aux_outputs`, the same of the earlier decoder layers, stacked in front.
         """
         memory, position, valid = self.encode(images, sizes, rngs)

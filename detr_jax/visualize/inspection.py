@@ -234,7 +234,7 @@ class Inspector:
         )
 
     def saliency(self, image: ImageLike, query: int | None = None) -> Saliency:
-        """Gradients of a detection by the image's pixels (Deformable DETR, appendix A.6).
+        """Gradients of a detection by the image's pixels (Deformable DETR, appendix A.5).
 
         What the model detaches is constant here as in training: with refinement, the boxes of the layer before.
 
