@@ -1,4 +1,4 @@
-"""Notebooks: ready for Colab, outputs stripped; each runs in short form, in a clean kernel, on the wheel."""
+"""Notebooks: outputs stripped, no address; each says what it draws, and runs in short form in a clean kernel."""
 
 import ast
 import json
@@ -12,7 +12,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-COLAB = "https://colab.research.google.com/github/detr-jax/detr_jax/blob/main/notebooks"
 # Runs a notebook as `jupyter execute` does, in its own process: an error in a cell ends it with the traceback.
 EXECUTE = """
 import sys
@@ -58,16 +57,17 @@ def test_there_are_notebooks():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_is_ready_for_colab(path):
+def test_stands_in_a_checkout_and_says_what_it_draws(path):
     content = json.loads(path.read_text(encoding="utf-8"))
     assert content["nbformat"] == 4 and content["metadata"]["kernelspec"]["name"] == "python3"
     for cell in content["cells"]:
         assert cell["cell_type"] == "markdown" or (cell["outputs"], cell["execution_count"]) == ([], None)
-    assert f"]({COLAB}/{path.name})" in cells(path, "markdown")[0], "the first cell has the badge"
+    assert "**What it draws**: " in cells(path, "markdown")[0]
+    assert "://" not in path.read_text(encoding="utf-8"), "an address that may not exist"
     code = cells(path, "code")
     installing = [cell for cell in code if "pip install" in cell]
     assert len(installing) == 1, "one cell installs"
-    assert '"detr-jax[tf] @ git+https://github.com/detr-jax/detr_jax"' in installing[0]
+    assert '%pip install -q -e "{REPOSITORY}[tf]"' in installing[0], "what it stands in"
     assert "except ImportError" in installing[0] or "find_spec" in installing[0], "only where it is not installed"
     assert any("DETR_JAX_SHORT" in cell for cell in code), "it has a short form"
     for cell in code:  # what a magic or a shell line does is not checked
