@@ -22,8 +22,8 @@ def moments(opt_state):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """`run(devices)`: the product's step for the small model, its first state on the host, and three batches."""
-    config = tiny.fast_config(tiny.sixteen_images(tmp_path_factory.mktemp("data")))
+    """`run(devices)`: the product's step for the small model on the host's arrays, and its first state."""
+    config = tiny.fast_config(tiny.sixteen_images(tmp_path_factory.mktemp("data") / "cells"))
     index = load_split(config.data, "train")
     sampler = TrainSampler(index, config.data, config.train.batch_size, config.train.seed)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=index.num_classes))
@@ -31,14 +31,14 @@ def run(tmp_path_factory):
         (bucket, {name: rows for name, rows in batch.items() if name != "image_id"})
         for bucket, batch in batches(index, sampler, range(3), data_config=config.data)
     ]
+    optimizer = train_step.make_optimizer(config.optim, 100)
+    with jax.set_mesh(mesh := sharding.make_mesh(1)):
+        graphdef, state = train_step.init_state(config, optimizer, mesh)
+        first = jax.device_get(state)
 
     def make(devices):
         mesh = sharding.make_mesh(devices)
-        with jax.set_mesh(mesh):
-            optimizer = train_step.make_optimizer(config.optim, 100)
-            graphdef, state = train_step.init_state(config, optimizer, mesh)
-            step = train_step.make_train_step(config, graphdef, optimizer, sampler)
-            first = jax.device_get(state)
+        step = train_step.make_train_step(config, graphdef, optimizer, sampler)
 
         def call(state, number):
             bucket, batch = feed[number]
@@ -52,13 +52,13 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def eight(run):
-    """As `run(8)`."""
-    return run(8)
+def one(run):
+    """As `run(1)`."""
+    return run(1)
 
 
-def test_one_and_eight_devices_take_the_same_step(run, eight):
-    (one, first), (many, _) = run(1), eight
+def test_one_and_eight_devices_take_the_same_step(run, one):
+    (one, first), (many, _) = one, run(8)
     (state, terms), (state8, terms8) = one(first, 0), many(first, 0)
     # Sums over 8 devices are added in another order: float32 noise, 1e-7 relative for each of some hundred additions.
     for name, value in terms.items():
@@ -70,17 +70,17 @@ def test_one_and_eight_devices_take_the_same_step(run, eight):
         np.testing.assert_allclose(b, a, rtol=0, atol=2e-5 * np.abs(a).max() + 1e-8)
 
 
-def test_dropout_draws_anew_at_every_step_and_the_same_when_repeated(eight):
-    step, first = eight
+def test_dropout_draws_anew_at_every_step_and_the_same_when_repeated(one):
+    step, first = one
     losses = [step(first | {"step": np.asarray(number)}, 0)[1]["loss"] for number in (0, 1, 2, 1)]
     assert losses[1] == losses[3]
     # Nothing but dropout's bits differs, which move the loss by percents.
     assert min(abs(a - b) for a, b in ((losses[0], losses[1]), (losses[1], losses[2]))) > 1e-4 * losses[0]
 
 
-def test_averaged_parameters(eight):
+def test_averaged_parameters(one):
     """`ema_decay` 0.9, but early on the mean of all parameters so far: (1 + step) / (10 + step)."""
-    step, state = eight
+    step, state = one
     average = jax.tree.map(np.float64, state["params"])
     for number in range(3):
         state, _ = step(state, number)
@@ -92,8 +92,8 @@ def test_averaged_parameters(eight):
     assert max(apart) > 1e-4
 
 
-def test_averaging_starts_from_the_first_parameters_and_decays_as_asked(eight):
-    step, first = eight
+def test_averaging_starts_from_the_first_parameters_and_decays_as_asked(one):
+    step, first = one
     far = first | {"step": np.asarray(1000), "ema": jax.tree.map(np.zeros_like, first["params"])}
     state, _ = step(far, 0)
     jax.tree.map(
