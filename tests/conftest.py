@@ -28,3 +28,17 @@ DATA = Path(__file__).parent / "data"
 def data_dir() -> Path:
     """`tests/data`: the real images and annotations that the repository carries."""
     return DATA
+
+
+@pytest.fixture(scope="module")
+def short_resnet():
+    """ResNet-18 with one block per stage instead of two: half of what a small model's compilation costs.
+
+    For modules that compare a model with itself; not where PyTorch's ResNet-18, a stored output or a process of its own
+    is on the other side.
+    """
+    from detr_jax.models.resnet import BLOCKS
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BLOCKS, 18, (1, 1, 1, 1))
+        yield

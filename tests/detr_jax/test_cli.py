@@ -12,11 +12,11 @@ from detr_jax import cli
 from detr_jax.config import Config, DeformableDETRConfig, DETRConfig, from_dict
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "configs").glob("*.py"))
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipes_load_and_say_how_to_run_them(path):
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configs_load_and_say_how_to_run_them(path):
     config = cli.load_config(str(path))
     text = path.read_text()
     assert f"python train.py --config configs/{path.name}" in text
@@ -29,7 +29,7 @@ def test_recipes_load_and_say_how_to_run_them(path):
 
 
 def test_the_published_rows_are_all_there():
-    assert {path.stem for path in RECIPES} >= {
+    assert {path.stem for path in CONFIGS} >= {
         "detr_r50",
         "detr_r50_dc5",
         "detr_r101",
@@ -67,7 +67,7 @@ def test_help_lists_fields_with_their_meaning(capsys):
     assert "--train.batch-size" in text and "Global batch over all devices and hosts" in text
 
 
-def test_wrong_recipes_are_named(tmp_path):
+def test_wrong_configs_are_named(tmp_path):
     with pytest.raises(ValueError, match="--config is missing"):
         cli.parse_train([])
     with pytest.raises(ValueError, match=r"nowhere\.py: no such file"):

@@ -17,6 +17,8 @@ from detr_jax.checkpoints import convert
 from detr_jax.config import BackboneConfig, DataConfig, DeformableDETRConfig
 from detr_jax.evaluation import evaluate_checkpoint
 
+pytestmark = pytest.mark.usefixtures("short_resnet")
+
 CONFIG = DeformableDETRConfig(
     backbone=BackboneConfig(depth=18),
     num_classes=3,
@@ -77,7 +79,7 @@ def test_boxes_are_the_models_in_pixels_of_the_image(detect):
     np.testing.assert_allclose(found.boxes_xyxy[0], box, atol=1e-2)  # float32 noise of 1e-5 times 88 pixels
 
 
-def test_a_canvas_is_compiled_once():
+def test_a_bucket_is_compiled_once():
     detect = detector.Detector(loaded(), batch_size=2)
     assert detect.compilations == 0
     detect(noise(60, 80))
@@ -88,7 +90,7 @@ def test_a_canvas_is_compiled_once():
     assert detect.compilations == 2
 
 
-def test_a_list_gives_each_photo_its_own_boxes(detect):
+def test_a_list_gives_each_image_its_own_boxes(detect):
     images = [noise(60, 80, 1), noise(80, 60, 2), noise(60, 80, 3), noise(70, 70, 4), noise(60, 80, 5)]
     batched = detector.Detector(loaded(), batch_size=2)(images, threshold=0)
     for image, found in zip(images, batched, strict=True):
@@ -150,7 +152,7 @@ def test_what_is_no_photo_is_named(detect, tmp_path):
         detr_jax.load(tmp_path / "none")
 
 
-def test_canvases_hold_every_image():
+def test_buckets_hold_every_image():
     from detr_jax.data.buckets import smallest_bucket
 
     buckets = detector.inference_buckets(800, 1333)

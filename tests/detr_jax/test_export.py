@@ -19,6 +19,8 @@ from detr_jax.config import BackboneConfig, DeformableDETRConfig, DETRConfig
 from detr_jax.detector import Detector
 from detr_jax.export import export
 
+pytestmark = pytest.mark.usefixtures("short_resnet")
+
 SMALL = {
     "backbone": BackboneConfig(depth=18),
     "num_classes": 3,
@@ -74,7 +76,7 @@ def test_runs_alone_and_finds_the_same(config, tmp_path):
         np.testing.assert_allclose(json.loads(box), wanted[2], atol=1)  # printed in whole pixels
 
 
-def test_a_canvas_or_queries_that_do_not_fit(tmp_path):
+def test_a_bucket_or_queries_that_do_not_fit(tmp_path):
     with pytest.raises(ValueError, match=r"bucket=\(60, 96\)"):
         export(loaded(DEFORMABLE), tmp_path / "x.zip", bucket=(60, 96))
     many = loaded(dataclasses.replace(DEFORMABLE, num_queries=100))

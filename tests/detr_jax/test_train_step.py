@@ -14,6 +14,8 @@ from detr_jax.data.pipeline import batches
 from detr_jax.data.sampler import TrainSampler
 from detr_jax.data.splits import load_split
 
+pytestmark = pytest.mark.usefixtures("short_resnet")
+
 
 def moments(opt_state):
     """Adam's first moments of the learning-rate groups."""

@@ -264,7 +264,7 @@ def names_of(tensors: Iterable[str], prefix: str) -> set[str]:
 
 
 def test_names_are_those_of_the_official_code():
-    """Spelt out from models/deformable_detr.py, deformable_transformer.py and ops/modules/ms_deform_attn.py."""
+    """Spelled out from models/deformable_detr.py, deformable_transformer.py and ops/modules/ms_deform_attn.py."""
     config = MODELS["two_stage"]
     tensors = convert.export(model_of(config), config, key_maps.OFFICIAL_DEFORMABLE)
     deformable = {

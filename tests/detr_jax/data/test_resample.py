@@ -40,7 +40,7 @@ def whole(sizes):
     return np.concatenate([np.zeros_like(sizes), sizes], -1)
 
 
-def grey_levels(image, size) -> np.ndarray:
+def gray_levels(image, size) -> np.ndarray:
     image = np.asarray(image)
     assert image.dtype == np.float32
     assert (image[size[0] :] == 0).all() and (image[:, size[1] :] == 0).all()  # padding
@@ -62,7 +62,7 @@ def test_one_resize_is_pillows(real, short, two_resizes):
     result = run(pixels, source, flip, source, whole(source), size, bucket=bucket, two_resizes=two_resizes)
     for row, image in enumerate(images):
         expected = mirrored(image, flip[row]).resize(size[row, ::-1].tolist(), Image.Resampling.BILINEAR)
-        difference = np.abs(grey_levels(result[row], size[row]) - np.asarray(expected, np.float32))
+        difference = np.abs(gray_levels(result[row], size[row]) - np.asarray(expected, np.float32))
         assert difference.max() <= ONE_RESIZE
 
 
@@ -76,7 +76,7 @@ def test_every_photo_at_the_evaluation_scale(real):
         )
         for row, image in enumerate(images):
             expected = image.resize(size[row, ::-1].tolist(), Image.Resampling.BILINEAR)
-            difference = np.abs(grey_levels(result[row], size[row]) - np.asarray(expected, np.float32))
+            difference = np.abs(gray_levels(result[row], size[row]) - np.asarray(expected, np.float32))
             assert difference.max() <= ONE_RESIZE
 
 
@@ -97,7 +97,7 @@ def test_crop_branch_is_pillows(real, first):
         small = mirrored(image, flip[row]).resize(resized[row, ::-1].tolist(), Image.Resampling.BILINEAR)
         cut = small.crop((left, top, left + width, top + height))
         expected = cut.resize(size[row, ::-1].tolist(), Image.Resampling.BILINEAR)
-        difference = np.abs(grey_levels(result[row], size[row]) - np.asarray(expected, np.float32))
+        difference = np.abs(gray_levels(result[row], size[row]) - np.asarray(expected, np.float32))
         assert difference.max() <= TWO_RESIZES
 
 
@@ -110,7 +110,7 @@ def test_crop_without_a_change_of_scale_is_exact(real):
     )
     # float32: normalization and back
     np.testing.assert_allclose(
-        grey_levels(result[0], (300, 256)), pixels[0, 11:311, 7:263].astype(np.float32), atol=1e-4
+        gray_levels(result[0], (300, 256)), pixels[0, 11:311, 7:263].astype(np.float32), atol=1e-4
     )
 
 

@@ -82,7 +82,7 @@ def test_an_epoch_leaves_out_only_the_remainder(n, batch_size):
     assert n % batch_size == 0 or left_out[0] != left_out[1]
 
 
-def test_images_fit_their_canvas_and_the_arrays_their_contract():
+def test_images_fit_their_bucket_and_the_arrays_their_contract():
     index, data = make_index(200), DataConfig()
     sampler = TrainSampler(index, data, 8, seed=0)
     used = set()
@@ -192,7 +192,7 @@ def test_large_photos_are_shrunk_on_the_host_and_keep_their_boxes():
     np.testing.assert_allclose(plan.boxes_cxcywh[0, : len(boxes)], boxes, atol=1e-6)
 
 
-def test_one_size_has_one_canvas_and_nothing_to_resize():
+def test_one_size_has_one_bucket_and_nothing_to_resize():
     index = make_index(8, sizes=[(480, 640)])
     data = DataConfig(scales=(240,), eval_scale=240, max_size=320, crop=False, max_source_side=320)
     for sampler in (TrainSampler(index, data, 2, 0), EvalSampler(index, data, 2)):
@@ -239,7 +239,7 @@ def test_evaluation_covers_each_image_once(batch_size):
             np.testing.assert_allclose(plan.boxes_cxcywh[row, : len(boxes)], boxes, atol=1e-6)
 
 
-def test_derived_canvases_waste_little():
+def test_derived_buckets_waste_little():
     sampler = TrainSampler(make_index(700), DataConfig(), 4, 0)
     used = padded = 0
     for step in range(len(sampler)):

@@ -14,6 +14,8 @@ from flax import nnx
 
 from detr_jax.models import attention, deformable_detr, detr
 
+pytestmark = pytest.mark.usefixtures("short_resnet")
+
 DEFORMABLE = tiny.config().model
 MODELS = [DEFORMABLE, dataclasses.replace(DEFORMABLE, box_refinement=False, two_stage=False), DETR]
 NAMES = ["two-stage", "one-stage", "detr"]

@@ -15,6 +15,8 @@ from detr_jax.models import attention, build
 from pallas_kernels import ms_deform_attn
 from pallas_kernels.ms_deform_attn import IMPLEMENTATIONS
 
+pytestmark = pytest.mark.usefixtures("short_resnet")
+
 
 @functools.cache
 def outputs_and_gradients(implementation):

@@ -1,6 +1,7 @@
 """The models: the published sizes, initialization, variants, types and gradients."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -16,6 +17,8 @@ from detr_jax.models.attention import offset_directions
 from detr_jax.models.layers import Dropout, GroupNorm, max_pool
 from detr_jax.models.position import LearnedMap
 from detr_jax.models.resnet import ResNet
+
+pytestmark = pytest.mark.usefixtures("short_resnet")
 
 # Trainable parameters of the published code with 91 classes, the ResNet's stem and first stage frozen.
 PUBLISHED = {
@@ -51,13 +54,21 @@ def images() -> jax.Array:
 
 def run(config, dropout_seed=None):
     """Outputs of a detector with random weights, compiled."""
-    graphdef, state = nnx.split(load(config, random_weights(config)))
+    _, state = nnx.split(load(config, random_weights(config)))
+    return compiled(config)(state, None if dropout_seed is None else jax.random.key(dropout_seed))
 
-    def detect(state):
-        rngs = None if dropout_seed is None else nnx.Rngs(dropout_seed)
+
+@functools.cache
+def compiled(config):
+    """A model's outputs as a compiled function of its state and of dropout's key (`None`: no dropout)."""
+    graphdef = nnx.split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))[0]
+
+    @jax.jit
+    def detect(state, key):
+        rngs = None if key is None else nnx.Rngs(key)
         return nnx.merge(graphdef, state)(images(), SIZES, rngs=rngs)
 
-    return jax.jit(detect)(state)
+    return detect
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -118,7 +129,7 @@ def test_two_stage_needs_as_many_tokens_as_queries():
     [(DETRConfig(**SMALL), (1, 1)), (DeformableDETRConfig(**SMALL), (33, 1))],
     ids=["detr", "deformable"],
 )
-def test_tiny_and_odd_canvases(config, size):
+def test_tiny_and_odd_buckets(config, size):
     graphdef, state = nnx.split(load(config, random_weights(config)))
     outputs = jax.jit(lambda state: nnx.merge(graphdef, state)(jnp.ones((1, *size, 3)), jnp.array([size])))(state)
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(outputs))

@@ -10,6 +10,8 @@ from transformers_weights import load, random_weights
 
 from detr_jax.config import BackboneConfig, DeformableDETRConfig, DETRConfig
 
+pytestmark = pytest.mark.usefixtures("short_resnet")
+
 SIZE = (90, 118)
 
 

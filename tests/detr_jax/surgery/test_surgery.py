@@ -155,7 +155,7 @@ def noise(number):
 
 
 # Each ends with the same architecture, so that its step is compiled once.
-RECIPES = {
+OPERATIONS = {
     "change_classes": (lambda: surgery.change_classes(of_five_classes(), CELLS), ("class_embed",)),
     "change_queries": (lambda: surgery.change_queries(loaded(MULTI, num_queries=4), 6), ("query_embed",)),
     "add_layers": (
@@ -184,9 +184,9 @@ def of_five_classes() -> Loaded:
     return dataclasses.replace(loaded(MULTI, num_classes=5), categories=categories)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", OPERATIONS)
 def test_operated_models_train_and_survive_a_checkpoint(name, tmp_path):
-    operate, moves = RECIPES[name]
+    operate, moves = OPERATIONS[name]
     new = operate()
     assert new.config == MULTI
     assert_trains(new, tmp_path, moves=moves)

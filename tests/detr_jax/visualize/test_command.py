@@ -14,6 +14,8 @@ from detr_jax import cli, sharding, train_step
 from detr_jax.checkpoints import store
 from detr_jax.data.splits import load_split
 
+pytestmark = pytest.mark.usefixtures("short_resnet")
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, data_dir):

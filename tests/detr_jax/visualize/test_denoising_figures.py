@@ -25,6 +25,8 @@ from detr_jax.visualize import (
 from detr_jax.visualize.mistakes import read_image
 from detr_jax.visualize.prediction_figures import matched
 
+pytestmark = pytest.mark.usefixtures("short_resnet")
+
 CELLS = Categories.contiguous({1: "RBC", 2: "WBC", 3: "Platelets"})
 
 

@@ -15,6 +15,8 @@ from detr_jax.models import attention, build, deformable_detr
 from detr_jax.visualize import inspection
 from detr_jax.visualize.inspection import Inspector, Maps, Sampling
 
+pytestmark = pytest.mark.usefixtures("short_resnet")
+
 POINTS = [(10, 20), (630, 470), (320.5, 100)]
 
 
