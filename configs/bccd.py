@@ -1,6 +1,6 @@
 """A small two-stage Deformable DETR from scratch on blood-cell images (BCCD): what `make demo` trains.
 
-ResNet-18 with GroupNorm, 128 wide, 2 + 3 layers, 3 levels, 240 x 320 pixels: some minutes on two CPU cores.
+ResNet-18 with GroupNorm, 128 wide, 2 + 3 layers, 3 levels, 240 x 320 pixels: about ten minutes on two CPU cores.
 
     python train.py --config configs/bccd.py
 """

@@ -27,6 +27,7 @@ from detr_jax.config import (
     model_from_dict,
 )
 from detr_jax.models import ResNet, build, split
+from detr_jax.models.resnet import BLOCKS
 from detr_jax.surgery.transplant import tensors
 
 CELLS = Categories((4, 5, 9), ("RBC", "WBC", "platelet"))
@@ -52,6 +53,18 @@ DINO = DINOConfig(
 )
 SIZES = np.array([[64, 64], [50, 64]])
 IMAGES = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
+
+
+pytestmark = pytest.mark.usefixtures("short_resnet", "short_resnet_34_and_50")
+
+
+@pytest.fixture(scope="module")
+def short_resnet_34_and_50():
+    """One block more than the short ResNet-18, as what they are exchanged for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BLOCKS, 34, (1, 1, 2, 1))
+        patch.setitem(BLOCKS, 50, (1, 1, 2, 1))
+        yield
 
 
 @pytest.fixture(autouse=True)
