@@ -8,6 +8,8 @@ trained here number the categories without gaps (`contiguous`): label i is the i
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from detr_jax.errors import UserError
+
 # fmt: off
 COCO: Mapping[int, str] = {
     1: "person", 2: "bicycle", 3: "car", 4: "motorcycle", 5: "airplane", 6: "bus", 7: "train", 8: "truck", 9: "boat",
@@ -37,7 +39,7 @@ class Categories:
 
     def __post_init__(self):
         if len(self.ids) != len(self.names):
-            raise ValueError(f"categories: got {len(self.ids)} ids and {len(self.names)} names")
+            raise UserError(f"categories: got {len(self.ids)} ids and {len(self.names)} names")
 
     @classmethod
     def coco_sparse(cls) -> "Categories":

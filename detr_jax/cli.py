@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import importlib.util
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import tyro
 
 from detr_jax.config import Config, DataConfig, from_dict
 from detr_jax.tta import TTAConfig
+from detr_jax.errors import NotFoundError, UserError
 from detr_jax.visualize import command as figures
 
 
@@ -23,19 +25,44 @@ def load_config(path: str) -> Config:
     """Runs a config file and returns the `Config` that it assigns to `config`.
 
     Raises:
-        ValueError: no such file, or it has no `Config` named `config`.
+        UserError: no such file, not a Python file, a mistake in it (with its line), or no `Config` named `config`.
     """
     if not Path(path).is_file():
         configs = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py"))) or "none found in configs/"
-        raise ValueError(f"--config {path}: no such file. Configs: {configs}")
+        raise UserError(f"--config {path}: no such file. Configs: {configs}")
+    if Path(path).suffix != ".py":
+        raise UserError(f"--config {path}: expected a Python file, *.py, that assigns `config = Config(...)`")
     spec = importlib.util.spec_from_file_location("config", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        line = _line_of(error, path)
+        if line is None:
+            raise  # not in the config: a bug of ours
+        name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        message = error.msg if isinstance(error, SyntaxError) else str(error)
+        raise UserError(f"--config {path}, line {line}: {name}{message}") from error
     config = getattr(module, "config", None)
     if not isinstance(config, Config):
-        raise ValueError(f"--config {path}: expected `config = Config(...)`, got {config!r}")
+        raise UserError(f"--config {path}: expected `config = Config(...)`, got {config!r}")
     return config
+
+
+def _line_of(error: Exception, path: str) -> int | None:
+    """The line of a config file that an error comes from; `None` for a bug inside of this package."""
+    config, package = Path(path).resolve(), Path(__file__).resolve().parent
+    if isinstance(error, SyntaxError) and error.filename and Path(error.filename).resolve() == config:
+        return error.lineno
+    line = None
+    for frame in traceback.extract_tb(error.__traceback__):
+        file = Path(frame.filename).resolve()
+        if file == config:
+            line = frame.lineno
+        elif file.is_relative_to(package) and line is not None and not isinstance(error, UserError):
+            return None
+    return line
 
 
 def parse_train(argv: Sequence[str]) -> Config:
@@ -49,7 +76,7 @@ def parse_train(argv: Sequence[str]) -> Config:
         rest += ["--train.init-from", known.init_from]
     helping = bool({"-h", "--help"} & set(rest))
     if known.config is None and not helping:
-        raise ValueError("--config is missing: python train.py --config configs/CONFIG.py --data.root FOLDER")
+        raise UserError("--config is missing: python train.py --config configs/CONFIG.py --data.root FOLDER")
     default = load_config(known.config) if known.config else Config()
     return tyro.cli(
         tyro.conf.AvoidSubcommands[Config],
@@ -157,17 +184,17 @@ def _find_images(given: Sequence[str]) -> list[Path]:
         if path.is_dir():
             inside = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
             if not inside:
-                raise ValueError(f"{path}: no image in it; expected {', '.join(_SUFFIXES)}")
+                raise UserError(f"{path}: no image in it; expected {', '.join(_SUFFIXES)}")
             paths += inside
         elif path.is_file():
             paths.append(path)
         else:
-            raise FileNotFoundError(f"{path}: no such image or folder")
+            raise NotFoundError(f"{path}: no such image or folder")
     twice = [stem for stem, count in Counter(path.stem for path in paths).items() if count > 1]
     if not paths:
-        raise ValueError("no images given: detr-jax predict IMAGE... --checkpoint X --out DIR")
+        raise UserError("no images given: detr-jax predict IMAGE... --checkpoint X --out DIR")
     if twice:
-        raise ValueError(f"several images are called {twice[0]}: their pictures would overwrite each other")
+        raise UserError(f"several images are called {twice[0]}: their pictures would overwrite each other")
     return paths
 
 
@@ -196,8 +223,10 @@ def convert(
         naming = "official" if target.endswith(".safetensors") else "ours"
     if (naming in ("official", "detrex")) != target.endswith(".safetensors"):
         raise ValueError(f"{target}: official and detrex's names go to a .safetensors file, the others to a folder")
+    if (naming == "official") != target.endswith(".safetensors"):
+        raise UserError(f"{target}: official names go to a .safetensors file, the others to a folder")
     if Path(target).exists():
-        raise ValueError(f"{target}: exists already; remove it, or choose another name")
+        raise UserError(f"{target}: exists already; remove it, or choose another name")
     loaded = load(source, dilation=dilation, num_heads=num_heads)
     print(loaded.report)
     if naming == "ours":
@@ -259,10 +288,16 @@ def entry() -> None:
     run(main)
 
 
-def run(main) -> None:
-    """Runs a program's `main(argv)`; a mistake of the user's ends it with a message, not a traceback."""
+def run(main: Callable[[Sequence[str]], None]) -> None:
+    """Runs a program's `main(argv)`; a mistake of the user's ends it with a message, a bug with its traceback.
+
+    Files that cannot be read or written count as the user's.
+    """
     try:
         main(sys.argv[1:])
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.exit(f"error: {error.filename}: {error.strerror}")

@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from detr_jax.errors import UserError
+
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -180,7 +182,7 @@ class DeformableDETRConfig(TransformerConfig):
     def __post_init__(self):
         _check_model(self, multiple=32)
         if self.two_stage and not self.box_refinement:
-            raise ValueError("model.two_stage needs model.box_refinement: pass --model.box-refinement too")
+            raise UserError("model.two_stage needs model.box_refinement: pass --model.box-refinement too")
 
     @classmethod
     def r50_single_scale(cls) -> "DeformableDETRConfig":
@@ -279,11 +281,11 @@ class DINOConfig(DeformableDETRConfig):
     def __post_init__(self):
         super().__post_init__()
         if not self.box_refinement:
-            raise ValueError("model.box_refinement: DINO always refines its boxes; leave it on")
+            raise UserError("model.box_refinement: DINO always refines its boxes; leave it on")
         for name in ("denoising_queries", "label_noise", "box_noise"):
             value = getattr(self, name)
             if value < 0:
-                raise ValueError(f"model.{name}={value} must be at least 0")
+                raise UserError(f"model.{name}={value} must be at least 0")
 
     @classmethod
     def r50_4scale(cls) -> "DINOConfig":
@@ -330,12 +332,12 @@ def _check_model(model: ModelConfig, *, multiple: int) -> None:
     for name in counts:
         value = getattr(model, name, 1)
         if value < 1:
-            raise ValueError(f"model.{name}={value} must be at least 1")
+            raise UserError(f"model.{name}={value} must be at least 1")
     if model.tune.lora_rank < 0:
-        raise ValueError(f"model.tune.lora_rank={model.tune.lora_rank} must be at least 0")
+        raise UserError(f"model.tune.lora_rank={model.tune.lora_rank} must be at least 0")
     for factor, what in ((multiple, str(multiple)), (model.num_heads, f"model.num_heads={model.num_heads}")):
         if model.hidden_dim % factor or model.hidden_dim < 1:
-            raise ValueError(f"model.hidden_dim={model.hidden_dim} must be a multiple of {what}")
+            raise UserError(f"model.hidden_dim={model.hidden_dim} must be a multiple of {what}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from detr_jax.errors import UserError
 from detr_jax.metric_writer import read_metrics
 
 _CURVES = (
@@ -40,7 +41,7 @@ def plot_curves(
     records = {name: read_metrics(path) for name, path in files.items()}
     present = [curve for curve in curves if any(curve in record for run in records.values() for record in run)]
     if not present:
-        raise ValueError(f"{', '.join(map(str, files.values()))}: none of {', '.join(curves)} was reported")
+        raise UserError(f"{', '.join(map(str, files.values()))}: none of {', '.join(curves)} was reported")
     end = max(record[x] for run in records.values() for record in run if x in record)
     columns = min(len(present), 3)
     rows = -(-len(present) // columns)

@@ -22,6 +22,7 @@ from detr_jax.data.buckets import inference_buckets, smallest_bucket
 from detr_jax.data.image import ImageLike, fit_size, open_image, pad_to_bucket
 from detr_jax.data.resample import normalize
 from detr_jax.drawing import draw_detections
+from detr_jax.errors import UserError
 from detr_jax.postprocess import coco_results, postprocess
 from detr_jax.tta import Boxes, TTAConfig, flip_boxes, merge, scaled_max_size
 
@@ -101,7 +102,7 @@ class Detector:
         self.classification: Literal["focal", "softmax"] = loaded.classification
         self.scale, self.max_size, self.batch_size = scale or loaded.scale, max_size or loaded.max_size, batch_size
         if self.scale > self.max_size or self.batch_size < 1:
-            raise ValueError(
+            raise UserError(
                 f"expected scale <= max_size and batch_size >= 1, got scale={self.scale}, max_size={self.max_size}, "
                 f"batch_size={batch_size}"
             )

@@ -28,6 +28,7 @@ from detr_jax.data.pipeline import batches
 from detr_jax.data.sampler import EvalSampler
 from detr_jax.data.splits import load_split
 from detr_jax.drawing import compare
+from detr_jax.errors import UserError
 from detr_jax.postprocess import coco_results, write_results
 from detr_jax.train_step import make_detect_step
 from detr_jax.tta import Boxes, TTAConfig, flip_boxes, merge, scaled_max_size
@@ -123,7 +124,7 @@ def score(ground_truth: Mapping[str, Any] | str | os.PathLike[str], results: Seq
     images, categories = content["images"], content["categories"]
     unknown = {result["image_id"] for result in results} - {image["id"] for image in images}
     if unknown:
-        raise ValueError(f"results: {len(unknown)} image ids are not in the ground truth, such as {min(unknown)}")
+        raise UserError(f"results: {len(unknown)} image ids are not in the ground truth, such as {min(unknown)}")
     truth = _coco(images, categories, content["annotations"])
     detected = _coco(images, categories, results)
     evaluation = COCOeval(truth, detected, "bbox")

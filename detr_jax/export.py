@@ -23,6 +23,7 @@ from detr_jax import export_standalone
 from detr_jax.checkpoints.load import Loaded
 from detr_jax.config import DeformableDETRConfig
 from detr_jax.data.resample import normalize
+from detr_jax.errors import UserError
 from detr_jax.models import build
 from detr_jax.postprocess import postprocess
 
@@ -53,9 +54,7 @@ def export(
         ValueError: a bucket that is not one, or a model that does not fit it (two-stage with more queries than tokens).
     """
     if batch < 1 or any(side < 32 or side % 32 for side in bucket):
-        raise ValueError(
-            f"export: bucket={bucket}, batch={batch}; expected sides that are multiples of 32, and a batch"
-        )
+        raise UserError(f"export: bucket={bucket}, batch={batch}; expected sides that are multiples of 32, and a batch")
     config = loaded.config
     if isinstance(config, DeformableDETRConfig):
         config = dataclasses.replace(config, implementation="reference")

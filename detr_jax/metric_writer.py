@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import jax
 from tensorboardX import SummaryWriter
 
+from detr_jax.errors import UserError
+
 
 class _Scores(Protocol):
     def as_dict(self) -> dict[str, float]: ...
@@ -162,7 +164,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             records.append(json.loads(line))
         except json.JSONDecodeError as error:
             if number < len(lines) or line.endswith("\n"):
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+                raise UserError(f"{path}, line {number}: not JSON ({error})") from error
     return records
 
 

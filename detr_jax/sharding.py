@@ -6,6 +6,8 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from detr_jax.errors import UserError
+
 
 def start_processes() -> None:
     """Joins the processes of a multi-host run; call it before anything touches a device.
@@ -41,7 +43,7 @@ def host_rows(batch_size: int, mesh: jax.sharding.Mesh) -> slice:
         ValueError: the batch does not divide evenly over the devices.
     """
     if batch_size % mesh.size:
-        raise ValueError(f"train.batch_size={batch_size} must be a multiple of the number of devices, {mesh.size}")
+        raise UserError(f"train.batch_size={batch_size} must be a multiple of the number of devices, {mesh.size}")
     rows = batch_size // jax.process_count()
     return slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
 

@@ -23,6 +23,7 @@ from detr_jax.data.index import DatasetIndex
 from detr_jax.data.pipeline import batches
 from detr_jax.data.sampler import EvalSampler, TrainSampler
 from detr_jax.data.splits import load_split
+from detr_jax.errors import UserError
 from detr_jax.evaluation import Scores, evaluate_model
 from detr_jax.metric_writer import MetricWriter
 from detr_jax.train_step import (
@@ -36,7 +37,7 @@ from detr_jax.train_step import (
 )
 
 
-class NonFiniteLossError(ValueError):
+class NonFiniteLossError(UserError):
     """The loss or the gradient became NaN or infinite."""
 
 
@@ -231,7 +232,7 @@ def check_resumable(output_dir: Path, metadata: Mapping[str, Any]) -> None:
     """Raises if the newest checkpoint has other classes; says which fields of the configuration changed."""
     saved = store.read_metadata(str(output_dir))
     if saved["category_ids"] != metadata["category_ids"]:
-        raise ValueError(
+        raise UserError(
             f"{output_dir}: trained on category ids {saved['category_ids']}, the annotations now have "
             f"{metadata['category_ids']}: use another train.output_dir"
         )

@@ -10,39 +10,40 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted([*(ROOT / "detr_jax").rglob("*.py"), *(ROOT / "pallas_kernels").rglob("*.py")])
 
-BASE = {"config", "boxes", "categories"}
+BASE = {"config", "boxes", "categories", "errors"}
 ALLOWED = {
-    "config": set(),
+    "errors": set(),
+    "config": {"errors"},
     "boxes": set(),
-    "categories": set(),
-    "sharding": set(),
+    "categories": {"errors"},
+    "sharding": {"errors"},
     "matching": BASE,
     "denoising": {"config", "boxes"},
     "losses": BASE | {"matching", "denoising"},
-    "models": {"config", "denoising", "pallas_kernels"},
-    "data": {"config"},
+    "models": {"config", "denoising", "errors", "pallas_kernels"},
+    "data": {"config", "errors"},
     "postprocess": {"boxes"},
     "tta": {"boxes"},
     "drawing": set(),
-    "checkpoints": {"config", "categories", "models", "sharding"},
+    "checkpoints": {"config", "categories", "errors", "models", "sharding"},
     "train_step": {
         "config", "categories", "sharding", "models", "denoising", "losses", "postprocess", "data", "checkpoints",
     },
-    "detector": {"categories", "checkpoints", "data", "drawing", "postprocess", "tta"},
-    "evaluation": {"config", "checkpoints", "data", "drawing", "postprocess", "sharding", "train_step", "tta"},
-    "metric_writer": {"evaluation"},
-    "curves": {"metric_writer"},
+    "detector": {
+        "categories", "checkpoints", "config", "curves", "data", "drawing", "errors", "evaluation", "metric_writer",
+        "postprocess", "sharding", "train_step", "tta",
+    },
     "training": {
-        "config", "categories", "checkpoints", "curves", "data", "evaluation", "metric_writer", "sharding",
+        "config", "categories", "checkpoints", "curves", "data", "errors", "evaluation", "metric_writer", "sharding",
         "train_step",
     },
     "export_standalone": set(),
-    "export": {"checkpoints", "config", "data", "export_standalone", "models", "postprocess"},
+    "export": {"checkpoints", "config", "data", "errors", "export_standalone", "models", "postprocess"},
     "surgery": BASE | {"checkpoints", "data", "models", "postprocess"},
     "visualize": BASE | {
         "checkpoints", "curves", "data", "denoising", "detector", "drawing", "evaluation", "matching", "models",
     },
-    "cli": {"checkpoints", "config", "detector", "export", "postprocess", "surgery", "tta", "visualize"},
+    "cli": {"checkpoints", "config", "detector", "errors", "export", "postprocess", "surgery", "tta", "visualize"},
     "": {"detector", "checkpoints"},
     "pallas_kernels": set(),
 }  # fmt: skip

@@ -31,6 +31,7 @@ from detr_jax.checkpoints.key_maps import (
     rename,
 )
 from detr_jax.config import BackboneConfig, DeformableDETRConfig, DETRConfig, DINOConfig, ModelConfig
+from detr_jax.errors import UserError
 from detr_jax.models import build
 from detr_jax.models.deform_conv import plain_kernel_factor
 from detr_jax.models.resnet import BLOCKS
@@ -103,7 +104,7 @@ def translate(tensors: Tensors, what: str) -> tuple[KeyMap, Tensors, list[str]]:
     key_map, translated, unknown = best
     if unknown or not tensors:
         listed = "\n".join(f"  {name}: {list(tensors[name].shape)}" for name in unknown[:8])
-        raise ValueError(
+        raise UserError(
             f"{what}: not a checkpoint of DETR, Deformable DETR or DINO that is known here. Nearest: {key_map.title}, "
             f"which has {len(translated)} of its {len(tensors)} tensors, but not\n{listed}\n"
             "A ResNet alone goes to --train.init-backbone."
@@ -115,7 +116,7 @@ def translate(tensors: Tensors, what: str) -> tuple[KeyMap, Tensors, list[str]]:
         if extra:
             ours = f"input_proj.{len(convs) + int(extra[1])}.{ours[extra.end() :]}"
         if ours in found and not np.array_equal(found[ours], tensors[name]):
-            raise ValueError(f"{what}: {name} and another tensor both stand for {ours}, with different values")
+            raise UserError(f"{what}: {name} and another tensor both stand for {ours}, with different values")
         found[ours] = tensors[name]
     notes = []
     if len(found) < len(tensors):
@@ -173,7 +174,7 @@ def infer_config(found: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> M
     blocks = tuple(count(rf"backbone\.stages\.{s}\.(\d+)\.") for s in range(4))
     depths = [d for d, b in BLOCKS.items() if b == blocks and (d >= 50) == bottleneck]
     if not depths:
-        raise ValueError(f"a ResNet with {blocks} blocks in its stages, which is none of ResNet-{list(BLOCKS)}")
+        raise UserError(f"a ResNet with {blocks} blocks in its stages, which is none of ResNet-{list(BLOCKS)}")
     frozen = "backbone.stem_norm.running_mean" in found
     backbone = BackboneConfig(
         depth=depths[0],  # pyright: ignore[reportArgumentType]  (one of the four)
@@ -297,7 +298,7 @@ def assemble(config: ModelConfig, found: Tensors, what: str) -> tuple[nnx.Module
         values.append((path, leaf.replace(jnp.asarray(tensor))))
     problems += [f"  {name}: {list(found[name].shape)}, not expected" for name in sorted(unused)]
     if problems:
-        raise ValueError(f"{what}: {len(problems)} tensors do not fit {describe(config)}:\n" + "\n".join(problems[:8]))
+        raise UserError(f"{what}: {len(problems)} tensors do not fit {describe(config)}:\n" + "\n".join(problems[:8]))
     return nnx.merge(graphdef, nnx.from_flat_state(values)), notes
 
 
@@ -337,7 +338,7 @@ def load_backbone(
         ValueError: the file's tensors are not those of this backbone; names the first that do not fit.
     """
     if "mean" not in buffers.get("backbone", {}).get("stem_norm", {}):
-        raise ValueError(f"{path}: torchvision's weights are for model.backbone.norm='frozen_batch', got 'group'")
+        raise UserError(f"{path}: torchvision's weights are for model.backbone.norm='frozen_batch', got 'group'")
     tensors, _ = read_tensors(path)
     # The classifier and BatchNorm's step counters have no place in a detector.
     unused = {name for name in tensors if not name.startswith("fc.") and not name.endswith("num_batches_tracked")}
@@ -365,7 +366,7 @@ def load_backbone(
     loaded = jax.tree_util.tree_map_with_path(replace, (dict(params), dict(buffers)))
     problems += [f"  {name}: {list(tensors[name].shape)}, not expected" for name in sorted(unused)]
     if problems:
-        raise ValueError(
+        raise UserError(
             f"{path}: {len(problems)} tensors do not fit the backbone:\n" + "\n".join(problems[:8]) + "\n"
             f"Is it torchvision's file for a {describe_backbone(dataclasses.replace(config, deform_version=0))}, as "
             "model.backbone says?"
@@ -400,7 +401,7 @@ def save(
         path.parent.mkdir(parents=True, exist_ok=True)
     else:
         if isinstance(config, DINOConfig):
-            raise ValueError(f"{path}: transformers has no DINO: write a .safetensors file, with the official names")
+            raise UserError(f"{path}: transformers has no DINO: write a .safetensors file, with the official names")
         key_map = HF_DETR if isinstance(config, DETRConfig) else HF_DEFORMABLE
         file = path / "model.safetensors"
         text = json.dumps(transformers_config(config, categories), indent=2)
@@ -485,7 +486,7 @@ def transformers_config(config: ModelConfig, categories: Categories) -> dict[str
     }
     if any(lacking.values()):
         names = ", ".join(name for name, lacks in lacking.items() if lacks)
-        raise ValueError(f"transformers has no {names}: write a .safetensors file, with the official names, instead")
+        raise UserError(f"transformers has no {names}: write a .safetensors file, with the official names, instead")
     bottleneck = config.backbone.depth >= 50
     deformable = isinstance(config, DeformableDETRConfig)
     stages = ["stage4"] if not deformable or config.num_levels == 1 else ["stage2", "stage3", "stage4"]

@@ -8,6 +8,7 @@ import numpy as np
 
 from detr_jax.categories import Categories
 from detr_jax.config import model_from_dict
+from detr_jax.errors import NotFoundError, UserError
 
 Tensors = dict[str, np.ndarray]
 
@@ -28,12 +29,12 @@ def read_tensors(path: str | Path) -> tuple[Tensors, dict[str, Any]]:
     if path.is_dir():
         return _read_transformers(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a .safetensors or .pth file of tensors, or a folder")
+        raise NotFoundError(f"{path}: no such file; expected a .safetensors or .pth file of tensors, or a folder")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if path.suffix in (".pth", ".pt", ".bin"):
         return _read_torch(path)
-    raise ValueError(f"{path}: expected a .safetensors or .pth file, or a folder of transformers")
+    raise UserError(f"{path}: expected a .safetensors or .pth file, or a folder of transformers")
 
 
 def _read_safetensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
@@ -44,7 +45,7 @@ def _read_safetensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
             facts = json.loads((file.metadata() or {}).get("detr_jax", "{}"))
             tensors = {name: np.asarray(file.get_tensor(name), np.float32) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a .safetensors file, or a damaged one: {error}") from error
+        raise UserError(f"{path}: not a .safetensors file, or a damaged one: {error}") from error
     if facts:
         facts = {
             "config": model_from_dict(facts["config"], facts["model"]),
@@ -61,7 +62,7 @@ def _read_torch(path: Path) -> tuple[Tensors, dict[str, Any]]:
     try:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: reading .pth takes PyTorch: pip install torch --index-url https://download.pytorch.org/whl/cpu"
         ) from error
     try:
@@ -72,7 +73,7 @@ def _read_torch(path: Path) -> tuple[Tensors, dict[str, Any]]:
         with torch.serialization.safe_globals([argparse.Namespace, *inert]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: refused, since it is damaged or holds more than tensors and plain values, which could run code. "
             f"If you trust it, save its tensors alone where it comes from. PyTorch says: {error}"
         ) from error
@@ -95,7 +96,7 @@ def _read_transformers(folder: Path) -> tuple[Tensors, dict[str, Any]]:
     config_file = folder / "config.json"
     if not files or not config_file.is_file():
         names = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing"
-        raise ValueError(f"{folder}: expected config.json and model.safetensors of transformers, found {names}")
+        raise UserError(f"{folder}: expected config.json and model.safetensors of transformers, found {names}")
     tensors: Tensors = {}
     for file in files:
         tensors |= read_tensors(file)[0]

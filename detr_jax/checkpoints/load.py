@@ -22,6 +22,7 @@ from detr_jax.config import (
     ModelConfig,
     from_dict,
 )
+from detr_jax.errors import NotFoundError, UserError
 from detr_jax.models import build
 from detr_jax.models.trainable import split
 
@@ -78,7 +79,7 @@ def load(path: str | os.PathLike[str], **facts: Any) -> Loaded:
         ValueError: it does not fit a detector that this project has; says what does not.
     """
     if not Path(path).exists():
-        raise FileNotFoundError(f"{path}: no such file or folder; expected a checkpoint")
+        raise NotFoundError(f"{path}: no such file or folder; expected a checkpoint")
     if not is_ours(path):
         found = convert.load(Path(path), **facts)
         classification = "softmax" if isinstance(found.config, DETRConfig) else "focal"
@@ -155,7 +156,7 @@ def initialize_from(
             for name in fields
             if getattr(source.config, name, None) != getattr(config, name)
         ]
-        raise ValueError(
+        raise UserError(
             f"train.init_from={path} is another model than the configuration's: "
             f"{convert.describe(source.config)}.\n" + "\n".join(differ + problems[:8])
         )

@@ -19,6 +19,8 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from detr_jax.errors import NotFoundError, UserError
+
 PyTree = Any
 Step = int | Literal["latest", "best"]
 
@@ -37,7 +39,7 @@ class CheckpointWriter:
 
     def __init__(self, directory: str, *, keep_last: int = 2, keep_best: int = 1):
         if keep_last < 1 or keep_best < 0:
-            raise ValueError(f"keep_last must be at least 1 and keep_best at least 0, got {keep_last} and {keep_best}")
+            raise UserError(f"keep_last must be at least 1 and keep_best at least 0, got {keep_last} and {keep_best}")
         policies = ocp.training.preservation_policies
         best = policies.BestN(get_metric_fn=lambda m: m["AP"], n=keep_best, keep_checkpoints_without_metrics=False)
         keep: Any = policies.AnyPreservationPolicy([policies.LatestN(keep_last), best])
@@ -189,7 +191,7 @@ def _check_fits(wanted: Mapping[str, Any], saved: Mapping[str, Any], what: str) 
     wrong = [f"  {key}: {got} in the checkpoint, {want} expected" for key, got, want in pairs if got != want]
     if wrong:
         more = [f"  ... and {len(wrong) - 8} more"] if len(wrong) > 8 else []
-        raise ValueError(
+        raise UserError(
             f"{what}: {len(wrong)} of {len(keys)} tensors do not fit:\n"
             + "\n".join(wrong[:8] + more)
             + "\nUse the config that the checkpoint was trained with, or another directory."
@@ -223,11 +225,11 @@ def _find(directory: str, step: Step) -> epath.Path:
         names = sorted(path.name for path in root.iterdir())
         there = f"it holds {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}" if names else "it is empty"
     wanted = f"of step {step} " if isinstance(step, int) else f"({step}) "
-    raise FileNotFoundError(f"no checkpoint {wanted}in {root}: {there}")
+    raise NotFoundError(f"no checkpoint {wanted}in {root}: {there}")
 
 
 def _metadata(path: epath.Path) -> dict[str, Any]:
     metadata = ocp.checkpointables_metadata(path).custom_metadata
     if not isinstance(metadata, dict) or "AP" not in metadata:
-        raise ValueError(f"{path} holds no metadata of detr_jax: it is damaged, or another program saved it")
+        raise UserError(f"{path} holds no metadata of detr_jax: it is damaged, or another program saved it")
     return metadata

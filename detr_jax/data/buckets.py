@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from detr_jax.errors import UserError
+
 Bucket = tuple[int, int]
 
 _MULTIPLE = 32
@@ -58,7 +60,7 @@ def check_buckets(buckets: tuple[Bucket, ...], sizes: np.ndarray, what: str) -> 
     outside = sizes[smallest_bucket(ordered, sizes) < 0]
     if len(outside):
         h, w = outside[0]
-        raise ValueError(
+        raise UserError(
             f"data.buckets: got {ordered} (height, width), none of which holds {h}x{w}, {what}: "
             "add a bucket, or remove data.buckets to derive them"
         )

@@ -35,8 +35,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from detr_jax.data.image import DataError, read_header
+from detr_jax.data.image import read_header
 from detr_jax.data.index import _SHOWN, DatasetIndex, OnBad, box_problem, index_boxes, raise_or_skip, skip_report
+from detr_jax.errors import DataError
 
 _HEADER_THREADS = 16
 

@@ -15,13 +15,10 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from detr_jax.data.transforms import resize_size
+from detr_jax.errors import DataError, NotFoundError, UserError
 
 _ORIENTATION = 0x0112  # EXIF tag
 _END = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
-
-
-class DataError(ValueError):
-    """A data set that cannot be trained on or evaluated as it is; the message names the file and the field."""
 
 
 class Header(NamedTuple):
@@ -110,19 +107,19 @@ def open_image(image: ImageLike) -> Image.Image:
     """An image as an upright RGB image of Pillow."""
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
-            raise ValueError(
+            raise UserError(
                 f"an image as an array must be uint8 [h, w, 3] (RGB) or [h, w] (gray), got {image.dtype} "
                 f"{list(image.shape)}"
             )
         return Image.fromarray(image).convert("RGB")
     if isinstance(image, str | os.PathLike):
         if not Path(image).is_file():
-            raise FileNotFoundError(f"{image}: no such image")
+            raise NotFoundError(f"{image}: no such image")
         try:
             with Image.open(image) as opened:
                 return ImageOps.exif_transpose(opened).convert("RGB")
         except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            raise ValueError(f"{image}: not an image, or a damaged one: {error}") from error
+            raise UserError(f"{image}: not an image, or a damaged one: {error}") from error
     return ImageOps.exif_transpose(image).convert("RGB")
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from detr_jax.data.image import DataError
+from detr_jax.errors import DataError
 
 OnBad = Literal["error", "skip"]
 Split = Literal["train", "val"]

@@ -15,9 +15,10 @@ import numpy as np
 
 from detr_jax.config import DataConfig
 from detr_jax.data.buckets import Bucket
-from detr_jax.data.image import DataError, decode
+from detr_jax.data.image import decode
 from detr_jax.data.index import DatasetIndex
 from detr_jax.data.sampler import BatchPlan
+from detr_jax.errors import DataError
 
 Batch = dict[str, np.ndarray]
 

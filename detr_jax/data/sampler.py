@@ -19,6 +19,7 @@ from detr_jax.config import DataConfig
 from detr_jax.data.buckets import Bucket, check_buckets, derive_buckets, smallest_bucket
 from detr_jax.data.index import DatasetIndex
 from detr_jax.data.transforms import resize_size, shrink_size, transform_boxes
+from detr_jax.errors import UserError
 
 _BUCKET_SAMPLE = 5000  # draws, at least, that the training buckets are derived from
 
@@ -83,7 +84,7 @@ class _Sampler:
 
     def __init__(self, index: DatasetIndex, data: DataConfig, batch_size: int):
         if batch_size < 1:
-            raise ValueError(f"train.batch_size: got {batch_size}, expected at least 1")
+            raise UserError(f"train.batch_size: got {batch_size}, expected at least 1")
         self.index = index
         self.batch_size = batch_size
         self.max_boxes = max(index.max_boxes, 1)
@@ -157,15 +158,15 @@ class TrainSampler(_Sampler):
     def __init__(self, index: DatasetIndex, data: DataConfig, batch_size: int, seed: int):
         super().__init__(index, data, batch_size)
         if len(index) < batch_size:
-            raise ValueError(
+            raise UserError(
                 f"train.batch_size: got {batch_size}, but the training set has {len(index)} images: "
                 f"pass --train.batch-size {len(index)} or less"
             )
         for field in ("scales", "crop_scales"):
             if min(getattr(data, field), default=0) < 1:
-                raise ValueError(f"data.{field}: got {getattr(data, field)}, expected one or more sizes in pixels")
+                raise UserError(f"data.{field}: got {getattr(data, field)}, expected one or more sizes in pixels")
         if not 1 <= data.crop_size[0] <= data.crop_size[1]:
-            raise ValueError(f"data.crop_size: got {data.crop_size}, expected (smallest, largest) in pixels")
+            raise UserError(f"data.crop_size: got {data.crop_size}, expected (smallest, largest) in pixels")
         self._data = data
         self._seed = seed
         possible = self._possible_sizes()
@@ -267,7 +268,7 @@ class EvalSampler(_Sampler):
     def __init__(self, index: DatasetIndex, data: DataConfig, batch_size: int, *, flip: bool = False):
         super().__init__(index, data, batch_size)
         if data.eval_scale < 1:
-            raise ValueError(f"data.eval_scale: got {data.eval_scale}, expected a size in pixels")
+            raise UserError(f"data.eval_scale: got {data.eval_scale}, expected a size in pixels")
         sizes = resize_size(index.sizes, data.eval_scale, data.max_size)
         if data.buckets is None:
             buckets = derive_buckets(sizes, sizes.max(0))

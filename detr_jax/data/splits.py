@@ -6,8 +6,8 @@ from pathlib import Path
 
 from detr_jax.config import DataConfig
 from detr_jax.data.coco import load_coco
-from detr_jax.data.image import DataError
 from detr_jax.data.index import DatasetIndex, Split
+from detr_jax.errors import DataError
 
 
 def load_split(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from detr_jax.config import DeformableDETRConfig
+from detr_jax.errors import UserError
 from detr_jax.models.attention import BlockOrder, MSDeformAttn, MultiHeadAttention, token_order
 from detr_jax.models.layers import (
     MLP,
@@ -304,7 +305,7 @@ def token_anchors(
         ValueError: fewer tokens than queries.
     """
     if memory.shape[1] < num_queries:
-        raise ValueError(
+        raise UserError(
             f"two-stage takes {num_queries} queries from the image's tokens, but there are only "
             f"{memory.shape[1]}: use larger images, more levels or fewer model.num_queries"
         )

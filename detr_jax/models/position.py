@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from detr_jax.errors import UserError
+
 
 def sine(x: jax.Array, features: int, temperature: float = 10000.0) -> jax.Array:
     """Sine and cosine pairs of `x` (radians): `[...]` -> `[..., features]`."""
@@ -47,7 +49,7 @@ class LearnedMap(nnx.Module):
         b, h, w = valid.shape
         row_embed, col_embed = self.row_embed[...], self.col_embed[...]
         if max(h, w) > len(row_embed):
-            raise ValueError(
+            raise UserError(
                 f"model.position='learned' covers maps up to {len(row_embed)} x {len(row_embed)}, got {h} x {w}: "
                 "use smaller images or model.position='sine'"
             )

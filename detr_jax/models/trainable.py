@@ -6,6 +6,7 @@ from typing import Any
 from flax import nnx
 
 from detr_jax.config import ModelConfig
+from detr_jax.errors import UserError
 
 Path = Sequence[Any]
 """Names and numbers from the detector down to a parameter: `("encoder", 0, "norm1", "scale")`."""
@@ -53,4 +54,4 @@ def check_names(field: str, names: Sequence[str], paths: Sequence[Path]) -> None
     for name in names:
         if not any(on_path(path, name) for path in paths):
             parts = sorted({str(part) for path in paths for part in path if not isinstance(part, int)})
-            raise ValueError(f"{field}: {name!r} is on no path of this model; the names there are {', '.join(parts)}")
+            raise UserError(f"{field}: {name!r} is on no path of this model; the names there are {', '.join(parts)}")

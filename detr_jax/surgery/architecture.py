@@ -11,6 +11,7 @@ from detr_jax.categories import Categories
 from detr_jax.checkpoints.convert import describe, describe_backbone, load_backbone
 from detr_jax.checkpoints.load import Loaded
 from detr_jax.config import BackboneConfig, DeformableDETRConfig, DETRConfig, DINOConfig, ModelConfig
+from detr_jax.errors import UserError
 from detr_jax.models import DINO, DeformableDETR, DeformableEncoder, DETREncoder, split
 from detr_jax.models.deform_conv import plain_kernel_factor
 from detr_jax.surgery.transplant import (
@@ -52,7 +53,7 @@ def change_classes(
     for names, known, which in ((same_as, categories, "new"), (same_as.values(), loaded.categories, "old")):
         for name in names:
             if name not in known.names:
-                raise ValueError(f"same_as: {name!r} is none of the {which} classes: {', '.join(known.names)}")
+                raise UserError(f"same_as: {name!r} is none of the {which} classes: {', '.join(known.names)}")
     old = {name: label for label, name in enumerate(loaded.categories.names) if name != "N/A"}
     index = [old.get(same_as.get(name, name), -1) for name in categories.names]
     softmax = isinstance(loaded.config, DETRConfig)
@@ -97,7 +98,7 @@ def change_queries(loaded: Loaded, num_queries: int, *, keep: Sequence[int] | No
     before = loaded.config.num_queries
     keep = list(range(min(before, num_queries))) if keep is None else list(keep)
     if len(keep) > num_queries or not all(0 <= i < before for i in keep):
-        raise ValueError(f"keep: expected at most {num_queries} of the queries 0 to {before - 1}, got {keep}")
+        raise UserError(f"keep: expected at most {num_queries} of the queries 0 to {before - 1}, got {keep}")
     index = np.array(keep + [-1] * (num_queries - len(keep)))
 
     def rule(path: Path) -> Origin:
@@ -137,7 +138,7 @@ def change_layers(
         number = getattr(old, f"{part}_layers")
         origins[part] = list(range(number)) if given is None else list(given)
         if not all(i is None or 0 <= i < number for i in origins[part]):
-            raise ValueError(f"{part}: expected layers 0 to {number - 1} or None, got {list(given or ())}")
+            raise UserError(f"{part}: expected layers 0 to {number - 1} or None, got {list(given or ())}")
     counts = {f"{part}_layers": len(layers) for part, layers in origins.items()}
     config = dataclasses.replace(old, **counts)
     heads = _heads(old, config, origins["decoder"])
@@ -220,7 +221,7 @@ def upgrade(
     old = deformable(loaded, "upgrade")
     levels = old.num_levels if num_levels is None else num_levels
     if levels < old.num_levels:
-        raise ValueError(f"upgrade: num_levels={levels} is less than {old.num_levels}: use prune_levels")
+        raise UserError(f"upgrade: num_levels={levels} is less than {old.num_levels}: use prune_levels")
     refined = old.box_refinement or box_refinement or two_stage
     config = dataclasses.replace(old, num_levels=levels, box_refinement=refined, two_stage=old.two_stage or two_stage)
     shift = config.feature_maps - old.feature_maps

@@ -8,6 +8,7 @@ import numpy as np
 
 from detr_jax.checkpoints import store
 from detr_jax.checkpoints.load import Loaded, load
+from detr_jax.errors import NotFoundError, UserError
 from detr_jax.surgery.transplant import Operated, tensors, transplant, whole
 
 Source = Loaded | str | os.PathLike[str]
@@ -25,7 +26,7 @@ def soup(sources: Sequence[Source], weights: Sequence[float] | None = None) -> O
     """
     weights = [1.0] * len(sources) if weights is None else list(weights)
     if not sources or len(weights) != len(sources) or sum(weights) <= 0:
-        raise ValueError(
+        raise UserError(
             f"soup: expected as many weights as sources, of a sum above 0, got {weights} and {len(sources)}"
         )
     total = sum(weights)
@@ -47,9 +48,9 @@ def moving_average(run: str | os.PathLike[str], decay: float = 0.9) -> Operated:
     """
     steps = store.steps(str(run))
     if not steps:
-        raise FileNotFoundError(f"{run}: no checkpoint in it; expected the folder of a run")
+        raise NotFoundError(f"{run}: no checkpoint in it; expected the folder of a run")
     if not 0 <= decay < 1:
-        raise ValueError(f"moving_average: decay={decay}, expected 0 <= decay < 1")
+        raise UserError(f"moving_average: decay={decay}, expected 0 <= decay < 1")
     root = Path(run) / "checkpoints" if (Path(run) / "checkpoints").is_dir() else Path(run)
     shares = [(1 - decay if i else 1.0) * decay ** (len(steps) - 1 - i) for i in range(len(steps))]
     return _mixed([root / str(step) for step in steps], shares, f"moving_average: decay {decay}")
@@ -66,7 +67,7 @@ def _mixed(sources: Sequence[Source], shares: Sequence[float], what: str) -> Ope
             first, total = loaded, {path: np.zeros(x.shape, np.float64) for path, x in found.items()}
         if loaded.categories != first.categories:
             ours, theirs = first.categories.names, loaded.categories.names
-            raise ValueError(f"{what}: source {i} has the classes {theirs}, the first one has {ours}")
+            raise UserError(f"{what}: source {i} has the classes {theirs}, the first one has {ours}")
         _check_same(total, found, f"{what}: source {i}")
         for path, value in found.items():
             total[path] += share * value.astype(np.float64)
@@ -80,6 +81,6 @@ def _check_same(expected: dict, found: dict, what: str) -> None:
     for path in [*expected, *found]:
         shapes = [list(x[path].shape) if path in x else "missing" for x in (found, expected)]
         if shapes[0] != shapes[1]:
-            raise ValueError(
+            raise UserError(
                 f"{what} is of another architecture: {'.'.join(map(str, path))} {shapes[0]}, not {shapes[1]}"
             )

@@ -14,6 +14,7 @@ from detr_jax.checkpoints.load import Loaded
 from detr_jax.config import DeformableDETRConfig
 from detr_jax.data.image import ImageLike, fit_size, open_image, pad_to_bucket
 from detr_jax.data.resample import normalize
+from detr_jax.errors import UserError
 from detr_jax.postprocess import postprocess
 from detr_jax.surgery.transplant import Operated, Origin, Path, by_level, by_sample, deformable, transplant
 
@@ -82,7 +83,7 @@ def attention(loaded: Loaded, images: Sequence[ImageLike]) -> dict[tuple[str, in
     probe = _Probe(loaded)
     weights = [probe(image)[2] for image in images]
     if not weights:
-        raise ValueError("attention: got no images; expected at least one")
+        raise UserError("attention: got no images; expected at least one")
     return {key: np.mean([found[key] for found in weights], axis=0) for key in weights[0]}
 
 
@@ -97,7 +98,7 @@ def prune_levels(loaded: Loaded, num_levels: int, *, images: Sequence[ImageLike]
     """
     old = deformable(loaded, "prune_levels")
     if not 1 <= num_levels < old.num_levels:
-        raise ValueError(f"prune_levels: num_levels={num_levels}, expected 1 to {old.num_levels - 1}")
+        raise UserError(f"prune_levels: num_levels={num_levels}, expected 1 to {old.num_levels - 1}")
     config = dataclasses.replace(old, num_levels=num_levels)
     first = old.feature_maps - config.feature_maps
     places = list(range(first, first + num_levels))
@@ -130,7 +131,7 @@ def prune_points(
     points = {"encoder": encoder or old.encoder_points, "decoder": decoder or old.decoder_points}
     for part, before in (("encoder", old.encoder_points), ("decoder", old.decoder_points)):
         if not 1 <= points[part] <= before:
-            raise ValueError(f"prune_points: {part}={points[part]}, expected 1 to {before}")
+            raise UserError(f"prune_points: {part}={points[part]}, expected 1 to {before}")
     weights = attention(loaded, images)
     shares = []
 

@@ -13,6 +13,7 @@ from flax import nnx
 from detr_jax.categories import Categories
 from detr_jax.checkpoints.load import Loaded
 from detr_jax.config import DeformableDETRConfig, ModelConfig
+from detr_jax.errors import UserError
 from detr_jax.models import build, split
 
 Path = tuple[Any, ...]
@@ -184,9 +185,9 @@ def by_sample(path: Path, kept: np.ndarray, *, scale: float = 1.0, fill: float |
 def deformable(loaded: Loaded, operation: str) -> DeformableDETRConfig:
     """The configuration of a Deformable DETR without adapters; a `ValueError` for others."""
     if not isinstance(loaded.config, DeformableDETRConfig):
-        raise ValueError(f"{operation} is for Deformable DETR: DETR has no levels, sampling points or refinement")
+        raise UserError(f"{operation} is for Deformable DETR: DETR has no levels, sampling points or refinement")
     if loaded.config.tune.lora_rank:
-        raise ValueError(f"{operation}: the model has adapters; expected none, so merge_lora first")
+        raise UserError(f"{operation}: the model has adapters; expected none, so merge_lora first")
     return loaded.config
 
 

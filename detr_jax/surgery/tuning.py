@@ -8,6 +8,7 @@ from flax import nnx
 
 from detr_jax.checkpoints.load import Loaded
 from detr_jax.config import ModelConfig
+from detr_jax.errors import UserError
 from detr_jax.surgery.transplant import Operated, tensors, trained, transplant, whole
 
 
@@ -21,7 +22,7 @@ def freeze(loaded: Loaded, *parts: str) -> Operated:
     """
     config = _tuned(loaded.config, freeze=tuple(parts))
     if not trained(config, loaded.model):
-        raise ValueError(f"freeze: nothing is left to train without {', '.join(parts)}")
+        raise UserError(f"freeze: nothing is left to train without {', '.join(parts)}")
     return transplant(loaded, config, whole, f"freeze: {', '.join(parts) or 'nothing'}")
 
 
@@ -49,13 +50,13 @@ def add_lora(
     """
     if rank < 1 or loaded.config.tune.lora_rank:
         there = loaded.config.tune.lora_rank
-        raise ValueError(
+        raise UserError(
             f"add_lora: rank={rank}, and the model has adapters of rank {there}; expected rank >= 1, and none"
         )
     tops = list(dict.fromkeys(str(path[0]) for path, _ in nnx.to_flat_state(nnx.state(loaded.model))))
     unknown = [name for name in train if name not in tops]
     if unknown:
-        raise ValueError(f"add_lora: train={unknown} is not there; expected some of {', '.join(tops)}")
+        raise UserError(f"add_lora: train={unknown} is not there; expected some of {', '.join(tops)}")
     frozen = tuple(name for name in tops if name not in train)
     config = _tuned(loaded.config, freeze=frozen, lora_rank=rank, lora_on=tuple(on))
     return transplant(loaded, config, whole, f"add_lora: rank {rank} on {', '.join(on)}", seed=seed)
@@ -70,7 +71,7 @@ def merge_lora(loaded: Loaded) -> Operated:
         ValueError: there are no adapters.
     """
     if not loaded.config.tune.lora_rank:
-        raise ValueError("merge_lora: the model has no adapters; expected one of add_lora, or model.tune.lora_rank > 0")
+        raise UserError("merge_lora: the model has no adapters; expected one of add_lora, or model.tune.lora_rank > 0")
     default = type(loaded.config.tune)()
     config = _tuned(loaded.config, **dataclasses.asdict(default))
     values = tensors(loaded.model)

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from detr_jax.boxes import box_iou
+from detr_jax.errors import UserError
 from detr_jax.visualize.inspection import Inspection, Maps, Saliency, Sampling
 from detr_jax.visualize.panels import (
     HEAT,
@@ -105,7 +106,7 @@ def encoder_figure(
     rows = [seen] if isinstance(seen, Inspection) else list(seen)
     for one in rows:
         if one.encoder is None:
-            raise ValueError(
+            raise UserError(
                 "no points, or no encoder to inspect: call Inspector(detector)(image, points=[(x, y), ...])"
             )
     points = rows[0].points
@@ -165,7 +166,7 @@ def attention_figure(
     first = rows[0]
     chosen = _distinct(first, number) if queries is None else [first.check_query(query) for query in queries]
     if not chosen:
-        raise ValueError("queries is empty: give at least one, or None for the best")
+        raise UserError("queries is empty: give at least one, or None for the best")
     headings = []
     for one in rows:
         layers = one.config.decoder_layers
@@ -220,7 +221,7 @@ class _Choice:
         weights = attention.weights
         layers, heads = weights.shape[0], weights.shape[2]
         if not -layers <= layer < layers:
-            raise ValueError(f"layer {layer}: expected 0 to {layers - 1}, or -1 to -{layers} from the end")
+            raise UserError(f"layer {layer}: expected 0 to {layers - 1}, or -1 to -{layers} from the end")
         self.layer = layer % layers
         self.heads = slice(None) if head is None else slice(_check("head", head, heads), head + 1)
         self.levels = slice(None)
@@ -230,13 +231,13 @@ class _Choice:
 
 def _check(what: str, index: int, number: int) -> int:
     if not 0 <= index < number:
-        raise ValueError(f"{what} {index}: expected 0 to {number - 1}")
+        raise UserError(f"{what} {index}: expected 0 to {number - 1}")
     return index
 
 
 def _sampling(attention: Sampling | Maps | None) -> Sampling:
     if not isinstance(attention, Sampling):
-        raise ValueError("DETR attends to every cell and samples no points: ask for attention instead of sampling")
+        raise UserError("DETR attends to every cell and samples no points: ask for attention instead of sampling")
     return attention
 
 

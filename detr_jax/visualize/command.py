@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from detr_jax.errors import NotFoundError, UserError
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
@@ -21,7 +23,7 @@ OneImage = Annotated[str, tyro.conf.Positional]
 
 def visualize() -> None:
     """Draw figures: `detr-jax visualize --help` lists them."""
-    raise ValueError(f"which figure? detr-jax visualize {{{','.join(COMMANDS)}}} ...")
+    raise UserError(f"which figure? detr-jax visualize {{{','.join(COMMANDS)}}} ...")
 
 
 def sampling(
@@ -256,7 +258,7 @@ def stability(
     from detr_jax.visualize.denoising_figures import match_objects, stability_figure
 
     if not runs:
-        raise ValueError("no runs given: detr-jax visualize stability RUN...")
+        raise UserError("no runs given: detr-jax visualize stability RUN...")
     found: dict[str, dict] = {}
     for name, run in zip(_short_names(runs), runs, strict=True):
         by_step = found[name] = {}
@@ -364,7 +366,7 @@ def curves(
     """
     _check_out(out)
     if not runs:
-        raise ValueError("no runs given: detr-jax visualize curves RUN...")
+        raise UserError("no runs given: detr-jax visualize curves RUN...")
     from detr_jax.curves import plot_curves
 
     files = {name: _metrics_file(run) for name, run in zip(_short_names(runs), runs, strict=True)}
@@ -391,7 +393,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 def _check_out(out: str) -> None:
     """Before anything is computed."""
     if not out.lower().endswith(_SUFFIXES):
-        raise ValueError(f"--out {out}: expected a file that ends with {', '.join(_SUFFIXES)}")
+        raise UserError(f"--out {out}: expected a file that ends with {', '.join(_SUFFIXES)}")
 
 
 def _write(figure: "Figure | Image.Image", out: str) -> None:
@@ -419,7 +421,7 @@ def _inspect(
     from detr_jax.visualize.inspection import Inspector
 
     if not checkpoints:
-        raise ValueError("--checkpoint: got none, expected at least one")
+        raise UserError("--checkpoint: got none, expected at least one")
     opened = open_image(image)
     return [Inspector(_detector(path, dilation))(opened, points) for path in checkpoints]
 
@@ -433,7 +435,7 @@ def _annotated(
     from detr_jax.data.splits import load_split
 
     if image is not None and not Path(image).is_file():
-        raise FileNotFoundError(f"{image}: no such image")
+        raise NotFoundError(f"{image}: no such image")
     detector = _detector(checkpoint, dilation)
     data = DataConfig()
     if is_ours(checkpoint):
@@ -442,13 +444,13 @@ def _annotated(
     if root is not None:
         data = DataConfig(root=root)
     if not data.root and data.tfds is None:
-        raise ValueError(f"{checkpoint} does not say what it was trained on: pass --data-root FOLDER, in COCO's format")
+        raise UserError(f"{checkpoint} does not say what it was trained on: pass --data-root FOLDER, in COCO's format")
     index = load_split(data, "val", category_ids=detector.categories.ids)
     names = [Path(index.name(i)).name for i in range(len(index))]
     if image is None:
         return detector, index, 0
     if Path(image).name not in names:
-        raise ValueError(
+        raise UserError(
             f"{image}: none of the {len(names)} images of the validation set has this name, so its objects are not "
             f"known; {names[0]} is one of them"
         )
@@ -464,5 +466,5 @@ def _short_names(runs: Sequence[str]) -> Sequence[str]:
 def _metrics_file(run: str) -> Path:
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; curves are drawn of a run's output folder")
+        raise NotFoundError(f"{path}: no such file; curves are drawn of a run's output folder")
     return path

@@ -22,6 +22,7 @@ from detr_jax.data.index import DatasetIndex
 from detr_jax.data.resample import normalize
 from detr_jax.denoising import denoising_queries, draw_noise, num_slots
 from detr_jax.detector import Detector
+from detr_jax.errors import UserError
 from detr_jax.matching import match
 from detr_jax.visualize.mistakes import read_image
 from detr_jax.visualize.panels import INK, Sheet, add_box, add_text, color_of, line, show_image, whole
@@ -77,9 +78,9 @@ def reconstruct(
     """
     config = detector.config
     if not isinstance(config, DINOConfig) or not config.denoising_queries:
-        raise ValueError("denoising: this model has no denoising queries; expected a DINO that was trained with them")
+        raise UserError("denoising: this model has no denoising queries; expected a DINO that was trained with them")
     if not len(true_labels):
-        raise ValueError("denoising: the image has no objects in the annotations, there is nothing to add noise to")
+        raise UserError("denoising: the image has no objects in the annotations, there is nothing to add noise to")
     opened = open_image(image)
     scale = np.tile(np.array(opened.size, np.float32), 2)
     targets = _targets(true_boxes_xyxy, true_labels, opened.size)
@@ -195,7 +196,7 @@ def stability_figure(runs: Mapping[str, Mapping[int, Sequence[np.ndarray]]]) -> 
     for name, by_step in runs.items():
         steps = sorted(by_step)
         if len(steps) < 2:
-            raise ValueError(f"{name}: {len(steps)} checkpoint; expected two or more (train.keep_last keeps more)")
+            raise UserError(f"{name}: {len(steps)} checkpoint; expected two or more (train.keep_last keeps more)")
         changes = [instability(by_step[a], by_step[b]) for a, b in itertools.pairwise(steps)]
         axes.plot(steps[1:], changes, marker="o", markersize=3, linewidth=1.4, label=name)
     axes.set_xlabel("step", color=INK)

@@ -24,6 +24,7 @@ from detr_jax.config import DeformableDETRConfig, DETRConfig, ModelConfig
 from detr_jax.data.image import ImageLike, open_image
 from detr_jax.data.resample import normalize
 from detr_jax.detector import Detector
+from detr_jax.errors import UserError
 from detr_jax.models.attention import token_order
 
 
@@ -130,7 +131,7 @@ class Inspection:
             ValueError: there is no such query.
         """
         if not 0 <= query < len(self.scores):
-            raise ValueError(f"query {query}: expected 0 to {len(self.scores) - 1}, the model has so many queries")
+            raise UserError(f"query {query}: expected 0 to {len(self.scores) - 1}, the model has so many queries")
         return query
 
     def caption(self, query: int) -> str:
@@ -199,7 +200,7 @@ class Inspector:
         opened, config = open_image(image), self.detector.config
         for x, y in points:
             if not (0 <= x < opened.width and 0 <= y < opened.height):
-                raise ValueError(
+                raise UserError(
                     f"point ({x:g}, {y:g}) is outside the image, which has {opened.width} x {opened.height}"
                 )
         places = np.array(points, np.float32).reshape(-1, 2)

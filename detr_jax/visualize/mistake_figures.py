@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from detr_jax.data.index import DatasetIndex
+from detr_jax.errors import UserError
 from detr_jax.evaluation import Scores
 from detr_jax.visualize.mistakes import Error, read_image
 from detr_jax.visualize.panels import INK, Sheet, add_box, add_note, color_of, line, show_image
@@ -27,7 +28,7 @@ def mistakes_figure(errors: Sequence[Error], index: DatasetIndex, *, number: int
         ValueError: there is no error to show.
     """
     if not errors:
-        raise ValueError("errors: nothing went wrong at this threshold, there is nothing to show")
+        raise UserError("errors: nothing went wrong at this threshold, there is nothing to show")
     missed = [error.kind == "miss" for error in errors]
     sorts = {
         "misses": [error for error, miss in zip(errors, missed, strict=True) if miss],

@@ -7,6 +7,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from detr_jax.config import DINOConfig, LossConfig
+from detr_jax.errors import UserError
 from detr_jax.matching import match, match_cost
 from detr_jax.visualize.inspection import Inspection, Sampling
 from detr_jax.visualize.panels import (
@@ -90,7 +91,7 @@ def proposals_figure(seen: Inspection, *, number: int = 30) -> Figure:
     """
     proposals = seen.proposals
     if proposals is None:
-        raise ValueError("this model is not two-stage: its queries are learned, its encoder proposes nothing")
+        raise UserError("this model is not two-stage: its queries are learned, its encoder proposes nothing")
     window = whole(seen.image)
     panels = 1 + len(proposals.shapes)
     heading = f"encoder proposals: {len(proposals.chosen)} queries of {len(proposals.scores)} tokens"
@@ -141,7 +142,7 @@ def matching_figure(
         ValueError: there is no object.
     """
     if not len(true_labels):
-        raise ValueError("matching: the image has no objects in the annotations, there is nothing to match")
+        raise UserError("matching: the image has no objects in the annotations, there is nothing to match")
     queries, costs = matched(seen, true_boxes_xyxy, true_labels, config)
     order = np.argsort(-costs[-1], kind="stable")[:number]
     window, layers = whole(seen.image), len(queries)

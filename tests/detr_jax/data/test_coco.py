@@ -11,8 +11,9 @@ from pycocotools.coco import COCO
 
 from detr_jax.config import DataConfig
 from detr_jax.data.coco import load_coco
-from detr_jax.data.image import DataError, decode
+from detr_jax.data.image import decode
 from detr_jax.data.splits import find_split, load_split
+from detr_jax.errors import DataError
 
 GRADIENT = np.arange(40 * 60, dtype=np.uint8).reshape(40, 60)
 RGB = np.stack([GRADIENT, GRADIENT.T.reshape(40, 60), 255 - GRADIENT], -1)

@@ -12,10 +12,11 @@ from PIL import Image, ImageOps
 
 from detr_jax.config import DataConfig
 from detr_jax.data.coco import load_coco
-from detr_jax.data.image import DataError, decode
+from detr_jax.data.image import decode
 from detr_jax.data.pipeline import batches
 from detr_jax.data.sampler import EvalSampler, TrainSampler
 from detr_jax.data.splits import load_split
+from detr_jax.errors import DataError
 
 PILLOW = DataConfig(engine="pillow", workers=2, prefetch=2)
 
