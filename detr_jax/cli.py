@@ -16,8 +16,8 @@ from typing import Literal
 import tyro
 
 from detr_jax.config import Config, DataConfig, from_dict
-from detr_jax.tta import TTAConfig
 from detr_jax.errors import NotFoundError, UserError
+from detr_jax.tta import TTAConfig
 from detr_jax.visualize import command as figures
 
 

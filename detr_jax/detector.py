@@ -8,7 +8,7 @@ detections.draw().save("boxes.jpg")
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, overload
 
 import jax
@@ -18,9 +18,10 @@ from PIL import Image, ImageOps
 
 from detr_jax.categories import Categories
 from detr_jax.checkpoints.load import Loaded, load
-from detr_jax.data.buckets import inference_buckets, smallest_bucket
-from detr_jax.data.image import ImageLike, fit_size, open_image, pad_to_bucket
+from detr_jax.data.buckets import inference_buckets, round_up, smallest_bucket
+from detr_jax.data.image import ImageLike, is_image, open_image, pad_to_bucket
 from detr_jax.data.resample import normalize
+from detr_jax.data.transforms import resize_size
 from detr_jax.drawing import draw_detections
 from detr_jax.errors import UserError
 from detr_jax.postprocess import coco_results, postprocess
@@ -77,8 +78,9 @@ class Detector:
 
     Images are resized as in evaluation (shorter side `scale`, longer side at most `max_size`) and padded to one of five
     buckets, each of which is compiled once, at its first image: landscape and portrait, with the ratios 4:3 and the
-    longest possible, and square. With the official semantics the boxes depend a little on the padding (the model's
-    docstring says how much); `backbone.mask_padding` makes them independent of it.
+    longest possible, and square; an image that is more than four times as long as wide may get one of its own. With
+    the official semantics the boxes depend a little on the padding (the model's docstring says how much);
+    `backbone.mask_padding` makes them independent of it.
 
     Args:
         loaded: model, categories and sizes; see `load`.
@@ -106,6 +108,7 @@ class Detector:
                 f"expected scale <= max_size and batch_size >= 1, got scale={self.scale}, max_size={self.max_size}, "
                 f"batch_size={batch_size}"
             )
+        self.max_source_side = loaded.max_source_side
         self.buckets = inference_buckets(self.scale, self.max_size)
         graphdef, self._state = nnx.split(loaded.model)
         self._graphdef = graphdef
@@ -149,25 +152,26 @@ class Detector:
     def __call__(self, images: ImageLike, threshold: float = 0.5) -> Detections: ...
 
     @overload
-    def __call__(self, images: Sequence[ImageLike], threshold: float = 0.5) -> list[Detections]: ...
+    def __call__(self, images: Iterable[ImageLike], threshold: float = 0.5) -> list[Detections]: ...
 
     def __call__(
-        self, images: ImageLike | Sequence[ImageLike], threshold: float = 0.5
+        self, images: ImageLike | Iterable[ImageLike], threshold: float = 0.5
     ) -> Detections | list[Detections]:
         """Detects.
 
         Args:
-            images: an image, or a list: Pillow images, arrays (uint8 [h, w, 3] or [h, w]) and paths, of any sizes.
+            images: an image, or a list: Pillow images, arrays (uint8 [h, w, 3] or [h, w], of NumPy or JAX), paths,
+                image files as bytes, and open image files, of any sizes.
             threshold: detections with a lower score are left out.
 
         Returns:
             The detections of the image, or a list of those of each one.
 
         Raises:
-            ValueError: an array of another shape or type, a file that is no image.
-            FileNotFoundError: no such file.
+            UserError: an array of another shape or type, a file that is no image, or something else altogether.
+            NotFoundError: no such file.
         """
-        if isinstance(images, Image.Image | np.ndarray | str | os.PathLike):
+        if is_image(images) or not isinstance(images, Iterable) or isinstance(images, Mapping):
             return next(iter(self.detect([images], threshold)))
         return list(self.detect(images, threshold))
 
@@ -177,17 +181,17 @@ class Detector:
             yield from self._detect_views(images, threshold, self._tta)
             return
         batch: list[tuple[Image.Image, np.ndarray]] = []
-        bucket = -1
+        bucket = (0, 0)
         for image in images:
             opened = open_image(image)
             size, place = self._place(opened)
             if batch and (place != bucket or len(batch) == self.batch_size):
-                yield from self._run(batch, self.buckets[bucket], threshold)
+                yield from self._run(batch, bucket, threshold)
                 batch = []
             bucket = place
             batch.append((opened, size))
         if batch:
-            yield from self._run(batch, self.buckets[bucket], threshold)
+            yield from self._run(batch, bucket, threshold)
 
     def _detect_views(self, images: Iterable[ImageLike], threshold: float, tta: TTAConfig) -> Iterator[Detections]:
         """`detect` with test-time augmentation; an image is opened once."""
@@ -212,18 +216,22 @@ class Detector:
     def prepare(self, image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
         """An image as the model gets it: its bucket, uint8 [1, H, W, 3], and its size in it, int32 [1, 2] (h, w)."""
         size, place = self._place(image)
-        pixels, sizes, _ = pad_to_bucket([(image, size)], self.buckets[place], 1)
+        pixels, sizes, _ = pad_to_bucket([(image, size)], place, 1, self.max_source_side)
         return pixels, sizes
 
-    def _place(self, image: Image.Image) -> tuple[np.ndarray, int]:
-        """(h, w) to which an image is resized, and the number of its bucket."""
-        size = fit_size(np.array([image.height, image.width]), self.scale, self.max_size)
-        return size, int(smallest_bucket(self.buckets, size[None])[0])
+    def _place(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
+        """(h, w) to which an image is resized, as in evaluation, and its bucket."""
+        size = resize_size(np.array([image.height, image.width]), self.scale, self.max_size)
+        found = int(smallest_bucket(self.buckets, size[None])[0])
+        if found >= 0:
+            return size, self.buckets[found]
+        h, w = round_up(size)
+        return size, (int(h), int(w))
 
     def _run(
         self, batch: list[tuple[Image.Image, np.ndarray]], bucket: tuple[int, int], threshold: float
     ) -> Iterator[Detections]:
-        pixels, sizes, orig_sizes = pad_to_bucket(batch, bucket, self.batch_size)
+        pixels, sizes, orig_sizes = pad_to_bucket(batch, bucket, self.batch_size, self.max_source_side)
         found = jax.device_get(self._detect(self._state, pixels, sizes, orig_sizes))
         for (image, _), scores, labels, boxes in zip(batch, *found, strict=False):
             order = np.argsort(-scores, kind="stable")

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import io
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,8 +21,8 @@ from detr_jax import sharding
 from detr_jax.checkpoints import store
 from detr_jax.checkpoints.load import restore_model
 from detr_jax.config import Config, DataConfig, from_dict
-from detr_jax.data.image import decode
-from detr_jax.data.index import DatasetIndex
+from detr_jax.data.coco import judge, read_annotations
+from detr_jax.data.index import DatasetIndex, index_boxes, raise_or_skip
 from detr_jax.data.pipeline import batches
 from detr_jax.data.sampler import EvalSampler
 from detr_jax.data.splits import load_split
@@ -110,22 +109,23 @@ def score(ground_truth: Mapping[str, Any] | str | os.PathLike[str], results: Seq
     """Scores COCO results against COCO annotations, with pycocotools.
 
     Args:
-        ground_truth: the annotations, or their file: `images`, `categories` and `annotations`; a missing `area` is that
-            of the box, a missing `iscrowd` 0.
+        ground_truth: the annotations, or their file: `images`, `categories` and `annotations`, judged as those that are
+            trained on, see `detr_jax.data.coco`.
         results: in COCO's results format; may be empty.
 
     Raises:
-        ValueError: results of images that the ground truth does not have.
+        DataError: annotations that are not as they must be.
+        UserError: results of images that the ground truth does not have.
     """
     if isinstance(ground_truth, str | os.PathLike):
-        content: Mapping[str, Any] = json.loads(Path(ground_truth).read_text(encoding="utf-8"))
+        content: Mapping[str, Any] = read_annotations(Path(ground_truth))
     else:
         content = ground_truth
     images, categories = content["images"], content["categories"]
     unknown = {result["image_id"] for result in results} - {image["id"] for image in images}
     if unknown:
         raise UserError(f"results: {len(unknown)} image ids are not in the ground truth, such as {min(unknown)}")
-    truth = _coco(images, categories, content["annotations"])
+    truth = _coco(images, categories, _scored(content, ground_truth))
     detected = _coco(images, categories, results)
     evaluation = COCOeval(truth, detected, "bbox")
     with contextlib.redirect_stdout(io.StringIO()):
@@ -140,6 +140,19 @@ def score(ground_truth: Mapping[str, Any] | str | os.PathLike[str], results: Seq
         values = precision[:, :, k]
         per_class[names[category_id]] = float(values.mean()) if (values > -1).all() else -1.0
     return Scores(*map(float, evaluation.stats), per_class=per_class)
+
+
+def _scored(content: Mapping[str, Any], source: Any) -> list[dict[str, Any]]:
+    """The annotations that count, as `load_coco` reads them."""
+    images, categories = content["images"], content["categories"]
+    sizes = {i["id"]: (i["height"], i["width"]) if "height" in i and "width" in i else None for i in images}
+    where = source if isinstance(source, str | os.PathLike) else "ground truth"
+    ids = [category["id"] for category in categories]
+    found, problems = judge(content["annotations"], sizes, ids, where)
+    raise_or_skip(where, "error", (), "error", problems)
+    unbounded = [sizes[image["id"]] or (2**30, 2**30) for image in images]
+    *_, truth, _ = index_boxes(list(sizes), np.array(unbounded, np.int32).reshape(-1, 2), found)
+    return truth.ground_truth(images, ids, [category["name"] for category in categories])["annotations"]
 
 
 def evaluate_model(
@@ -373,9 +386,8 @@ def write_pictures(folder: str, index: DatasetIndex, results: Sequence[Mapping[s
         found = [result for result in results if result["image_id"] == index.image_ids[i]]
         boxes = np.array([result["bbox"] for result in found], float).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        size = tuple(index.sizes[i].tolist())
         picture = compare(
-            decode(index.encoded(i), size, size, index.name(i)),
+            index.image(i),
             index.boxes_xyxy[i],
             index.labels[i],
             boxes,

@@ -2,7 +2,7 @@
 
 export(loaded, "detector.zip", bucket=(800, 1088))
 
-$ python detector.zip photo.jpg      # needs jax, flatbuffers, numpy and pillow
+$ python detector.zip photo.jpg      # needs jax, flatbuffers, numpy, pillow and simplejpeg
 """
 
 import dataclasses
@@ -19,13 +19,23 @@ import numpy as np
 from flax import nnx
 from jax import export as jax_export
 
-from detr_jax import export_standalone
+from detr_jax import data, errors, export_standalone
 from detr_jax.checkpoints.load import Loaded
 from detr_jax.config import DeformableDETRConfig
+from detr_jax.data import image, transforms
 from detr_jax.data.resample import normalize
 from detr_jax.errors import UserError
 from detr_jax.models import build
 from detr_jax.postprocess import postprocess
+
+_MODULES = {
+    export_standalone: "__init__.py",
+    errors: "errors.py",
+    data: "data/__init__.py",
+    image: "data/image.py",
+    transforms: "data/transforms.py",
+}
+"""What an exported file carries: the program, and the decoder of images as it is here."""
 
 
 def export(
@@ -39,8 +49,8 @@ def export(
     """Writes `detect(weights, pixels, sizes, orig_sizes)`, jitted, and all that it takes to run it.
 
     The file is a zip archive: `python FILE photo.jpg` prints detections, and `export_standalone.py` in it, which
-    imports jax, NumPy and Pillow only, shows how to call it from a program. Deformable attention is exported as its
-    reference implementation, which every platform runs.
+    imports jax, NumPy, Pillow and simplejpeg only, shows how to call it from a program. Deformable attention is
+    exported as its reference implementation, which every platform runs.
 
     Args:
         loaded: the detector.
@@ -54,7 +64,11 @@ def export(
         ValueError: a bucket that is not one, or a model that does not fit it (two-stage with more queries than tokens).
     """
     if batch < 1 or any(side < 32 or side % 32 for side in bucket):
-        raise UserError(f"export: bucket={bucket}, batch={batch}; expected sides that are multiples of 32, and a batch")
+        nearest = tuple(max(32, round(side / 32) * 32) for side in bucket)
+        raise UserError(
+            f"export: bucket={bucket}, batch={batch}; expected sides that are multiples of 32, such as {nearest}, and "
+            "a batch of at least 1"
+        )
     config = loaded.config
     if isinstance(config, DeformableDETRConfig):
         config = dataclasses.replace(config, implementation="reference")
@@ -76,6 +90,7 @@ def export(
         "batch": batch,
         "scale": loaded.scale,
         "max_size": loaded.max_size,
+        "max_source_side": loaded.max_source_side,
         "category_ids": loaded.categories.ids,
         "category_names": loaded.categories.names,
         "report": loaded.report,
@@ -84,10 +99,11 @@ def export(
     }
     arrays = io.BytesIO()
     np.savez(arrays, *weights)
-    source = Path(export_standalone.__file__).read_text(encoding="utf-8")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("__main__.py", "import exported\n\nexported.main()\n")
-        archive.writestr("exported.py", source)
+        for module, name in _MODULES.items():
+            source = Path(str(module.__file__)).read_text(encoding="utf-8")
+            archive.writestr(f"exported/{name}", source.replace("from detr_jax.", "from exported."))
         archive.writestr("about.json", json.dumps(about, indent=2))
         archive.writestr("detect.stablehlo", program.serialize())
         archive.writestr("weights.npz", arrays.getvalue())

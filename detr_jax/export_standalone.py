@@ -1,4 +1,4 @@
-"""Runs a detector that `detr_jax.export` wrote; needs jax, flatbuffers, numpy and pillow, and not detr_jax.
+"""Runs a detector that `detr_jax.export` wrote; needs jax, flatbuffers, numpy, pillow and simplejpeg, not detr_jax.
 
     $ python detector.zip photo.jpg ...
 
@@ -19,7 +19,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax import export
-from PIL import Image, ImageOps
+
+from detr_jax.data.image import ImageLike, open_image, resize
+from detr_jax.data.transforms import resize_size
+from detr_jax.errors import UserError
 
 
 class ExportedDetector:
@@ -42,17 +45,15 @@ class ExportedDetector:
             arrays = np.load(io.BytesIO(archive.read("weights.npz")))
             self.weights = jax.device_put([arrays[f"arr_{i}"] for i in range(len(arrays.files))])
 
-    def __call__(self, image: str | os.PathLike[str] | Image.Image, threshold: float = 0.5) -> list[dict[str, Any]]:
+    def __call__(self, image: ImageLike, threshold: float = 0.5) -> list[dict[str, Any]]:
         """Detections in an image, best first: `name`, `category_id`, `score`, `box_xyxy` in pixels of the image."""
-        opened: Any = image if isinstance(image, Image.Image) else Image.open(image)
-        opened = ImageOps.exif_transpose(opened).convert("RGB")
+        opened = open_image(image)
         height, width = self.about["bucket"]
-        short, long = sorted(opened.size)
-        scale = min(self.about["scale"] / short, self.about["max_size"] / long)
-        scale = min(scale, height / opened.height, width / opened.width)
-        h, w = (max(1, int(side * scale + 1e-4)) for side in (opened.height, opened.width))
+        size = resize_size(np.array([opened.height, opened.width]), self.about["scale"], self.about["max_size"])
+        fitting = min(1.0, height / size[0], width / size[1])
+        h, w = (max(1, int(side * fitting + 1e-4)) for side in size)
         pixels = np.zeros((self.about["batch"], height, width, 3), np.uint8)
-        pixels[0, :h, :w] = np.asarray(opened.resize((w, h), Image.Resampling.BILINEAR))
+        pixels[0, :h, :w] = np.asarray(resize(opened, (h, w), self.about["max_source_side"]))
         sizes, orig_sizes = np.full((2, self.about["batch"], 2), 32, np.int32)
         sizes[0], orig_sizes[0] = (h, w), (opened.height, opened.width)
         scores, labels, boxes = (np.asarray(x)[0] for x in self.detect(self.weights, pixels, sizes, orig_sizes))
@@ -77,5 +78,9 @@ def main() -> None:
     detector = ExportedDetector(sys.argv[0])
     for image in sys.argv[1:]:
         print(image)
-        for found in detector(image):
+        try:
+            detections = detector(image)
+        except UserError as error:
+            sys.exit(f"error: {error}")
+        for found in detections:
             print(f"  {found['name']:<16} {found['score']:.3f}  {[round(x) for x in found['box_xyxy']]}")

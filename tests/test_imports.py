@@ -37,7 +37,7 @@ ALLOWED = {
         "config", "categories", "checkpoints", "curves", "data", "errors", "evaluation", "metric_writer", "sharding",
         "train_step",
     },
-    "export_standalone": set(),
+    "export_standalone": {"data", "errors"},
     "export": {"checkpoints", "config", "data", "errors", "export_standalone", "models", "postprocess"},
     "surgery": BASE | {"checkpoints", "data", "models", "postprocess"},
     "visualize": BASE | {

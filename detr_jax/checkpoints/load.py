@@ -44,6 +44,8 @@ class Loaded:
     """... unless the longer one would become longer than this."""
     report: str
     """What was read, for people."""
+    max_source_side: int = dataclasses.field(default=1333, kw_only=True)
+    """Images with a longer side are first shrunk to this, in pixels."""
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes a checkpoint of this project, for `load`, `eval.py` and `--init-from`."""
@@ -52,7 +54,11 @@ class Loaded:
         _, params, buffers = split(self.config, self.model)
         by_model = {DETRConfig: LossConfig.detr(), DeformableDETRConfig: LossConfig(), DINOConfig: LossConfig.dino()}
         loss = by_model[type(self.config)]
-        config = Config(self.config, loss, DataConfig(eval_scale=self.scale, max_size=self.max_size))
+        config = Config(
+            self.config,
+            loss,
+            DataConfig(eval_scale=self.scale, max_size=self.max_size, max_source_side=self.max_source_side),
+        )
         with store.CheckpointWriter(str(Path(directory) / "checkpoints")) as writer:
             writer.save(0, {"params": params, "buffers": buffers}, describe_run(config, self.categories))
 
@@ -94,7 +100,16 @@ def load(path: str | os.PathLike[str], **facts: Any) -> Loaded:
     categories = Categories(tuple(saved["category_ids"]), tuple(saved["category_names"]))
     report = f"{path}: step {saved['step']} of this project; {convert.describe(config.model)}"
     data = config.data
-    return Loaded(config.model, model, categories, config.loss.classification, data.eval_scale, data.max_size, report)
+    return Loaded(
+        config.model,
+        model,
+        categories,
+        config.loss.classification,
+        data.eval_scale,
+        data.max_size,
+        report,
+        max_source_side=data.max_source_side,
+    )
 
 
 def is_ours(path: str | os.PathLike[str]) -> bool:

@@ -26,8 +26,8 @@ def derive_buckets(sizes: np.ndarray, largest: np.ndarray) -> tuple[Bucket, ...]
     """
     if (sizes == largest).all():
         return ((int(largest[0]), int(largest[1])),)
-    cover = _round_up(largest)
-    unique, counts = np.unique(_round_up(sizes), axis=0, return_counts=True)
+    cover = round_up(largest)
+    unique, counts = np.unique(round_up(sizes), axis=0, return_counts=True)
     sides = [np.unique(unique[:, axis]) for axis in (0, 1)]
     candidates = np.stack(np.meshgrid(*sides, indexing="ij"), -1).reshape(-1, 2)
     fits = np.all(unique <= candidates[:, None], axis=-1)
@@ -71,13 +71,17 @@ def _area(bucket: Bucket) -> tuple[int, int]:
     return bucket[0] * bucket[1], bucket[0]
 
 
-def _round_up(sizes: np.ndarray) -> np.ndarray:
+def round_up(sizes: np.ndarray) -> np.ndarray:
+    """Sizes rounded up to multiples of 32, the coarsest stride of the backbones."""
     return -(-np.asarray(sizes, np.int64) // _MULTIPLE) * _MULTIPLE
 
 
 def inference_buckets(scale: int, max_size: int) -> tuple[tuple[int, int], ...]:
-    """The five buckets (height, width), smallest first, sides rounded up to multiples of 32."""
-    sides = sorted({min(round(scale * ratio), max_size) for ratio in (1, 4 / 3)} | {max_size})
+    """The five buckets (height, width), smallest first, sides rounded up to multiples of 32.
+
+    `resize_size` rounds the longer side of an image up to four times as long as wide to `max_size + 2` at most.
+    """
+    sides = sorted({min(round(scale * ratio), max_size) for ratio in (1, 4 / 3)} | {max_size + 2})
     short, *longer = (-(-side // 32) * 32 for side in sides)
     found = {(short, short)} | {pair for long in longer for pair in ((short, long), (long, short))}
     return tuple(sorted(found, key=lambda pair: (pair[0] * pair[1], pair)))

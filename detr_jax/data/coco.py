@@ -1,22 +1,27 @@
 """The index of a COCO-format data set: everything but the pixels.
 
-Labels are contiguous: label `i` is category id `category_ids[i]`, sorted by id. What happens to what is out of order
-(errors are gathered, and raised as one `DataError` before training starts):
+Labels are contiguous: label `i` is category id `category_ids[i]`, sorted by id. Everything is judged once, when it is
+read, and means the same in training and in scoring. What happens to what is out of order (errors are gathered, and
+raised as one `DataError` before training starts):
 
 | found                                                           | outcome                                          |
 |-----------------------------------------------------------------|--------------------------------------------------|
 | annotations or images not found, malformed JSON, missing key    | error                                            |
 | no `annotations` at all, as in COCO's test sets                 | error, but for `eval.py`: results without scores |
 | no image, no category, an id twice, a size that is not positive | error                                            |
+| an id that is no integer, negative, or beyond 63 bits           | error                                            |
+| a category name with line breaks, tabs or outer spaces          | read with single spaces, reported                |
 | image file missing, unreadable or truncated                     | `on_bad_image`: error, or skipped and reported   |
-| stored size is the annotated size                               | pixels as stored, as in the official code        |
-| stored size is the annotated size only after EXIF rotation      | rotated                                          |
-| any other size                                                  | `on_bad_image`                                   |
+| EXIF orientation                                                | turned upright, reported                         |
+| any other size, upright, than annotated                         | `on_bad_image`                                   |
 | annotation of an unknown image or category                      | `on_bad_annotation`: the same                    |
 | annotation without a key, or a box that is not 4 finite numbers | `on_bad_annotation`                              |
+| `iscrowd` that is not 0 or 1, `area` that is no number from 0 on| `on_bad_annotation`                              |
+| `iscrowd`, `area` missing or null                               | not a crowd, the box's area                      |
+| `iscrowd`, `area` as text, such as "0"                          | read as a number, reported                       |
 | box entirely outside its image                                  | `on_bad_annotation`                              |
-| box partly outside its image                                    | clipped, as in the official code                 |
-| box without area                                                | dropped and reported                             |
+| box partly outside its image                                    | clipped in training, as in the official code     |
+| box without area                                                | dropped from training and scoring, reported      |
 | crowd                                                           | out of training, reported; ignored in evaluation |
 | image without boxes                                             | kept and reported                                |
 | every image skipped                                             | error                                            |
@@ -26,8 +31,9 @@ Labels are contiguous: label `i` is category id `category_ids[i]`, sorted by id.
 """
 
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,8 +42,19 @@ import numpy as np
 from tqdm import tqdm
 
 from detr_jax.data.image import read_header
-from detr_jax.data.index import _SHOWN, DatasetIndex, OnBad, box_problem, index_boxes, raise_or_skip, skip_report
-from detr_jax.errors import DataError
+from detr_jax.data.index import (
+    _SHOWN,
+    Annotation,
+    DatasetIndex,
+    OnBad,
+    box_problem,
+    id_problem,
+    index_boxes,
+    raise_or_skip,
+    shown,
+    skip_report,
+)
+from detr_jax.errors import DataError, UserError
 
 _HEADER_THREADS = 16
 
@@ -63,26 +80,24 @@ def load_coco(
         DataError: see the table above.
     """
     path = Path(annotations)
-    content = _read_json(path)
+    content = read_annotations(path)
     annotated = "annotations" in content
     records = {record["id"]: record for record in content["images"]}
-    names_of = {category["id"]: str(category["name"]) for category in content["categories"]}
+    # A name is one line: it becomes a caption, a row of a table, a name of a metric.
+    names_of = {category["id"]: " ".join(str(category["name"]).split()) for category in content["categories"]}
     ids = tuple(sorted(names_of) if category_ids is None else (int(i) for i in category_ids))
     names = tuple(names_of.get(i, f"category {i}") for i in ids)
 
-    good_images, plain, image_problems = _check_images(records, Path(images))
-    good_annotations, annotation_problems = _check_annotations(content.get("annotations", []), records, ids, path)
-    raise_or_skip(path, on_bad_image, image_problems, on_bad_annotation, annotation_problems)
+    good_images, turned, image_problems = _check_images(records, Path(images))
+    sizes_of = {i: _size(record) for i, record in records.items()}
+    found, problems = judge(content.get("annotations", []), sizes_of, ids, path)
+    raise_or_skip(path, on_bad_image, image_problems, on_bad_annotation, problems)
     if not good_images:
         raise DataError(f"{path}: images: all {len(records)} were skipped; the first: {image_problems[0]}")
 
-    sizes = np.array([_size(records[i]) for i in good_images], np.int32)
-    label_of = {category_id: label for label, category_id in enumerate(ids)}
-    boxes, labels, report = index_boxes(
-        good_images,
-        sizes,
-        ((a["image_id"], a["bbox"], label_of[a["category_id"]], bool(a.get("iscrowd", 0))) for a in good_annotations),
-    )
+    sizes = np.array([sizes_of[i] for i in good_images], np.int32)
+    boxes, labels, kept, report = index_boxes(good_images, sizes, found)
+    renamed = [c["name"] for c in content["categories"] if str(c["name"]) != names_of[c["id"]]]
     index = DatasetIndex(
         image_ids=np.array(good_images, np.int64),
         sizes=sizes,
@@ -94,24 +109,29 @@ def load_coco(
         report=(
             f"{path}: {len(good_images)} images, {sum(map(len, labels))} boxes, {len(ids)} categories",
             *(report if annotated else ["no annotations: for detecting alone"]),
+            *[f"{turned} images turned upright, by EXIF's orientation"] * (turned > 0),
+            *[f"{len(renamed)} category names read with single spaces, such as {name!r}" for name in renamed[:1]],
             *skip_report("images", image_problems),
-            *skip_report("annotations", annotation_problems),
+            *skip_report("annotations", problems),
         ),
         names=tuple(str(Path(images) / records[i]["file_name"]) for i in good_images),
-        plain=np.array(plain, bool),
         read=lambda i: Path(index.names[i]).read_bytes(),
-        read_ground_truth=lambda: _ground_truth(path, index),
+        read_ground_truth=lambda: kept.ground_truth([records[i] for i in good_images], ids, names),
     )
     return index
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """Reads an annotations file and checks all but its annotations and image files."""
+def read_annotations(path: Path) -> dict[str, Any]:
+    """Reads an annotations file and checks all but its annotations and image files.
+
+    Raises:
+        DataError: no such file, not JSON, or images or categories that are not as they must be; names the first.
+    """
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON (cut off, or not an annotations file?): {error}") from error
     for key in ("images", "annotations", "categories"):
         got = content.get(key) if isinstance(content, dict) else None
@@ -130,14 +150,17 @@ def _read_json(path: Path) -> dict[str, Any]:
             if missing:
                 problems.append(f"{place}: no {', '.join(missing)}; expected {', '.join(fields)}")
                 continue
-            if type(record["id"]) is not int:
-                problems.append(f"{place}.id: got {record['id']!r}, expected an integer")
+            if (problem := id_problem(record["id"])) is not None:
+                problems.append(f"{place}.id: {problem}")
             elif record["id"] in seen:
                 problems.append(f"{place}.id: got {record['id']} a second time, expected different ids")
             else:
                 seen.add(record["id"])
-            if key == "images" and not all(isinstance(v, int) and v > 0 for v in _size(record)):
-                problems.append(f"{place}: (height, width): got {_size(record)}, expected positive integers")
+            text = "file_name" if key == "images" else "name"
+            if not isinstance(record[text], str) or not record[text].strip() or "\0" in record[text]:
+                problems.append(f"{place}.{text}: got {shown(record[text])}, expected text")
+            if key == "images" and not all(type(v) is int and 0 < v < 2**31 for v in _size(record)):
+                problems.append(f"{place}: (height, width): got {shown(_size(record))}, expected positive integers")
     if problems:
         more = [f"and {len(problems) - _SHOWN} more"] * (len(problems) > _SHOWN)
         raise DataError("\n".join(problems[:_SHOWN] + more))
@@ -148,79 +171,97 @@ def _size(record: dict[str, Any]) -> tuple[int, int]:
     return record["height"], record["width"]
 
 
-def _check_images(records: dict[int, dict[str, Any]], folder: Path) -> tuple[list[int], list[bool], list[str]]:
-    """Reads every header; returns ids of the good images, whether each is a plain JPEG, and the problems."""
+def _check_images(records: dict[int, dict[str, Any]], folder: Path) -> tuple[list[int], int, list[str]]:
+    """Reads every header; returns ids of the good images, how many of them are turned by EXIF, and the problems."""
 
     def check(record: dict[str, Any]) -> tuple[bool, str | None]:
         path, size = os.path.join(folder, record["file_name"]), _size(record)
         try:
             with open(path, "rb") as file:
-                header = read_header(file)
+                header = read_header(file, path)
         except FileNotFoundError:
             return False, f"{path}: missing; expected as file_name of image {record['id']}"
-        except (OSError, ValueError, SyntaxError) as error:
-            return False, f"{path}: unreadable: {error}; expected a complete image file: fetch it again"
+        except UserError as error:
+            return False, f"{error}; expected a complete image file: fetch it again"
+        except OSError as error:
+            return False, f"{path}: cannot be read: {error}"
         if header.size == size:
-            return header.plain, None
-        if header.rotated and header.size[::-1] == size:
-            return False, None
-        return False, f"{path}: size (h, w): got {header.size}, expected the annotated {size} of image {record['id']}"
+            return header.turned, None
+        problem = f"{path}: size (h, w): got {header.size}, expected the annotated {size} of image {record['id']}"
+        if header.turned and header.size[::-1] == size:
+            problem += (
+                ": EXIF's orientation turns it. If its boxes were drawn without that, remove the tag from the file "
+                "(exiftool -Orientation= FILE), else exchange height and width"
+            )
+        return False, problem
 
     with ThreadPoolExecutor(_HEADER_THREADS) as pool:
         checks = tqdm(pool.map(check, records.values()), "reading image headers", len(records), delay=2, unit=" images")
         checked = list(checks)
-    good = [(i, plain) for i, (plain, problem) in zip(records, checked, strict=True) if problem is None]
+    good = [i for i, (_, problem) in zip(records, checked, strict=True) if problem is None]
     problems = [problem for _, problem in checked if problem is not None]
-    return [i for i, _ in good], [plain for _, plain in good], problems
+    return good, sum(turned for turned, _ in checked), problems
 
 
-def _check_annotations(
-    annotations: list[Any], records: dict[int, dict[str, Any]], category_ids: Sequence[int], path: Path
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Returns the good annotations, and the problems of the others."""
-    known, good, problems = set(category_ids), [], []
+def judge(
+    annotations: Sequence[Any],
+    sizes: Mapping[Any, tuple[int, int] | None],
+    category_ids: Sequence[int],
+    where: object,
+) -> tuple[list[Annotation], list[str]]:
+    """Reads the annotations of a COCO file, for training and for scoring alike.
+
+    Args:
+        annotations: those of the file.
+        sizes: image id -> (h, w); `None` where that is not known.
+        category_ids: label -> category id.
+        where: the file, for the problems.
+
+    Returns:
+        The good ones, boxes without area among them, and the problems of the others.
+    """
+    label_of = {category_id: label for label, category_id in enumerate(category_ids)}
+    good, problems = [], []
     for position, annotation in enumerate(annotations):
-        problem = _annotation_problem(annotation, records, known)
-        if problem is None:
-            good.append(annotation)
+        found = _judge_one(annotation, sizes, label_of)
+        if isinstance(found, str):
+            problems.append(f"{where}: annotations[{position}]{found}")
         else:
-            problems.append(f"{path}: annotations[{position}]{problem}")
+            good.append(found)
     return good, problems
 
 
-def _annotation_problem(annotation: Any, records: dict[int, dict[str, Any]], known: set[int]) -> str | None:
+def _judge_one(
+    annotation: Any, sizes: Mapping[Any, tuple[int, int] | None], label_of: Mapping[int, int]
+) -> Annotation | str:
     fields = ("image_id", "category_id", "bbox")
-    missing = [field for field in fields if not isinstance(annotation, dict) or field not in annotation]
+    missing = [field for field in fields if not isinstance(annotation, Mapping) or field not in annotation]
     if missing:
         return f": no {', '.join(missing)}; expected {', '.join(fields)}"
-    image, category = annotation["image_id"], annotation["category_id"]
-    if type(image) is not int or image not in records:
-        return f".image_id: got {image!r}, expected the id of one of the {len(records)} images"
-    if type(category) is not int or category not in known:
-        some = ", ".join(map(str, sorted(known)[:10])) + ", ..." * (len(known) > 10)
-        return f".category_id: got {category!r}, expected one of the {len(known)} categories {some}"
-    problem = box_problem(annotation["bbox"], _size(records[image]))
-    return f".{problem}" if problem else None
+    image, category, box = annotation["image_id"], annotation["category_id"], annotation["bbox"]
+    if type(image) not in (int, str) or image not in sizes:
+        return f".image_id: got {shown(image)}, expected the id of one of the {len(sizes)} images"
+    if type(category) is not int or category not in label_of:
+        some = ", ".join(map(str, sorted(label_of)[:10])) + ", ..." * (len(label_of) > 10)
+        return f".category_id: got {shown(category)}, expected one of the {len(label_of)} categories {some}"
+    problem = box_problem(box, sizes[image])
+    if problem:
+        return f".{problem}"
+    crowd, area = (_number(annotation.get(field)) for field in ("iscrowd", "area"))
+    if crowd not in (None, 0, 1):
+        return f".iscrowd: got {shown(annotation['iscrowd'])}, expected 0 or 1"
+    if area is not None and not 0 <= area < math.inf:
+        return f".area: got {shown(annotation['area'])}, expected a number of pixels, or none for that of the box"
+    text = any(isinstance(annotation.get(field), str) for field in ("iscrowd", "area"))
+    area = box[2] * box[3] if area is None else area
+    return Annotation(image, label_of[category], tuple(box), area, crowd == 1, text)
 
 
-def _ground_truth(path: Path, index: DatasetIndex) -> dict[str, Any]:
-    """Reads the annotations file a second time, rather than keep gigabytes of it through the training."""
-    content = _read_json(path)
-    records = {record["id"]: record for record in content["images"]}
-    used = set(index.image_ids.tolist())
-    good, _ = _check_annotations(content.get("annotations", []), records, index.category_ids, path)
-    return {
-        "images": [records[i] for i in index.image_ids.tolist()],
-        "annotations": [
-            {
-                "id": number,
-                "image_id": annotation["image_id"],
-                "category_id": annotation["category_id"],
-                "bbox": annotation["bbox"],
-                "area": annotation.get("area", annotation["bbox"][2] * annotation["bbox"][3]),
-                "iscrowd": int(annotation.get("iscrowd", 0)),
-            }
-            for number, annotation in enumerate((a for a in good if a["image_id"] in used), 1)
-        ],
-        "categories": [{"id": i, "name": n} for i, n in zip(index.category_ids, index.category_names, strict=True)],
-    }
+def _number(value: Any) -> float | None:
+    """A number, also one that is written as text; `None` for null, NaN for anything else."""
+    if value is None:
+        return None
+    try:
+        return float(value) if isinstance(value, int | float | str) else math.nan
+    except (ValueError, OverflowError):
+        return math.nan

@@ -1,19 +1,21 @@
 """The index of a data set: everything but the pixels. `coco` and `tfds` fill it; nothing else knows formats."""
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from PIL import Image
 
-from detr_jax.errors import DataError
+from detr_jax.data.image import decode
+from detr_jax.errors import DataError, UserError
 
 OnBad = Literal["error", "skip"]
 Split = Literal["train", "val"]
 
 
 _SHOWN = 10  # problems listed in an error
+_FARTHEST = 1e9  # pixels: beyond any image, and exact enough in float32 to be clipped to one
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,8 +38,6 @@ class DatasetIndex:
     """What was found, dropped and skipped, one line each."""
     names: tuple[str, ...]
     """Path, or key, of each image."""
-    plain: np.ndarray
-    """bool [n]: a JPEG file at `names[i]` that needs neither rotation nor color conversion."""
     read: Callable[[int], bytes] = dataclasses.field(repr=False)
     """Reads image i."""
     read_ground_truth: Callable[[], dict[str, Any]] = dataclasses.field(repr=False)
@@ -64,6 +64,25 @@ class DatasetIndex:
         """The content of image file i."""
         return self.read(i)
 
+    def image(self, i: int) -> Image.Image:
+        """Image i, upright, RGB, of its annotated size.
+
+        Raises:
+            DataError: the file cannot be read, does not decode, or not to the annotated size; names it.
+        """
+        name, (height, width) = self.name(i), self.sizes[i].tolist()
+        try:
+            image = decode(self.encoded(i), name)
+        except OSError as error:
+            raise DataError(f"{name}: {error}") from error
+        except UserError as error:
+            raise DataError(str(error)) from error
+        if image.size != (width, height):
+            raise DataError(
+                f"{name}: size (h, w): got {(image.height, image.width)}, expected the annotated {(height, width)}"
+            )
+        return image
+
     def name(self, i: int) -> str:
         """Path or key of image i, for messages."""
         return self.names[i]
@@ -72,45 +91,107 @@ class DatasetIndex:
         """The data set as pycocotools takes it: `images`, `categories` and all `annotations`, the crowd ones too.
 
         Boxes are as annotated, not clipped. Annotations are numbered anew from 1 (pycocotools counts a match with
-        annotation 0 as none); skipped images and annotations are left out.
+        annotation 0 as none); skipped images and annotations, and boxes without area, are left out.
         """
         return self.read_ground_truth()
 
 
+class Annotation(NamedTuple):
+    """A box as it was read: what it means is decided."""
+
+    image_id: Any
+    label: int
+    bbox: Sequence[float]
+    """(x, y, width, height), pixels of the annotated image, not clipped."""
+    area: float
+    """Square pixels: that of the object's mask where there is one, by which COCO's evaluation tells sizes apart."""
+    crowd: bool
+    text: bool = False
+    """Whether a number was written as text."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GroundTruth:
+    """The boxes that are scored, crowds among them: arrays of all images, one after another."""
+
+    image: np.ndarray
+    """int32 [m]: position of the image in the index."""
+    label: np.ndarray
+    """int32 [m]."""
+    bbox: np.ndarray
+    """float64 [m, 4]: as annotated."""
+    area: np.ndarray
+    """float64 [m]."""
+    crowd: np.ndarray
+    """bool [m]."""
+
+    def ground_truth(
+        self, images: Sequence[Mapping[str, Any]], category_ids: Sequence[int], category_names: Sequence[str]
+    ) -> dict[str, Any]:
+        """As `DatasetIndex.ground_truth`."""
+        columns = (column.tolist() for column in (self.image, self.label, self.bbox, self.area, self.crowd))
+        return {
+            "images": list(images),
+            "annotations": [
+                {
+                    "id": number,
+                    "image_id": images[image]["id"],
+                    "category_id": category_ids[label],
+                    "bbox": bbox,
+                    "area": area,
+                    "iscrowd": int(crowd),
+                }
+                for number, (image, label, bbox, area, crowd) in enumerate(zip(*columns, strict=True), 1)
+            ],
+            "categories": [{"id": i, "name": name} for i, name in zip(category_ids, category_names, strict=True)],
+        }
+
+
 def index_boxes(
-    image_ids: Sequence[int], sizes: np.ndarray, entries: Iterable[tuple[int, Sequence[float], int, bool]]
-) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...], list[str]]:
-    """Groups boxes by image, as the official `ConvertCocoPolysToMask` does: no crowd, clipped, without area dropped.
+    image_ids: Sequence[Any], sizes: np.ndarray, annotations: Iterable[Annotation]
+) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...], GroundTruth, list[str]]:
+    """Groups boxes by image; those without area are left out, of training and of scoring alike.
+
+    Those for training are as in the official `ConvertCocoPolysToMask`: without crowds, clipped.
 
     Args:
         image_ids: n ids, in the order of the index.
         sizes: [n, 2] (h, w).
-        entries: (image id, (x, y, width, height), label, is crowd) of each annotation.
+        annotations: of these images and others, whose are left out.
 
     Returns:
-        boxes_xyxy, labels (see `DatasetIndex`) and lines for the report.
+        boxes_xyxy, labels (see `DatasetIndex`), what is scored, and lines for the report.
     """
-    grouped: dict[int, list[tuple[Sequence[float], int]]] = {i: [] for i in image_ids}
-    crowd = flat = 0
-    for image_id, box, label, is_crowd in entries:
-        if image_id in grouped:  # else its image was skipped
-            crowd += is_crowd
-            if not is_crowd:
-                grouped[image_id].append((box, label))
-    all_boxes, all_labels = [], []
-    for (h, w), group in zip(sizes.tolist(), grouped.values(), strict=True):
-        boxes = np.array([box for box, _ in group], np.float32).reshape(-1, 4)
+    grouped: dict[Any, list[Annotation]] = {i: [] for i in image_ids}
+    for annotation in annotations:
+        if annotation.image_id in grouped:  # else its image was skipped
+            grouped[annotation.image_id].append(annotation)
+    all_boxes, all_labels, scored, flat, text = [], [], [], 0, 0
+    for i, ((h, w), group) in enumerate(zip(sizes.tolist(), grouped.values(), strict=True)):
+        boxes = np.array([annotation.bbox for annotation in group], np.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         boxes = np.clip(boxes, 0, np.array([w, h, w, h], np.float32))
-        keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-        flat += int((~keep).sum())
-        all_boxes.append(boxes[keep])
-        all_labels.append(np.array([label for _, label in group], np.int32)[keep])
-    empty = sum(not len(labels) for labels in all_labels)
-    report = [f"{crowd} crowd annotations left out of training"] * (crowd > 0)
-    report += [f"{flat} boxes without area dropped"] * (flat > 0)
+        labels = np.array([annotation.label for annotation in group], np.int32)
+        crowd = np.array([annotation.crowd for annotation in group], bool)
+        has_area = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+        all_boxes.append(boxes[has_area & ~crowd])
+        all_labels.append(labels[has_area & ~crowd])
+        scored += [(i, annotation) for annotation, keep in zip(group, has_area, strict=True) if keep]
+        flat += int((~has_area).sum())
+        text += sum(annotation.text for annotation in group)
+    truth = GroundTruth(
+        image=np.array([i for i, _ in scored], np.int32),
+        label=np.array([annotation.label for _, annotation in scored], np.int32),
+        bbox=np.array([annotation.bbox for _, annotation in scored], np.float64).reshape(-1, 4),
+        area=np.array([annotation.area for _, annotation in scored], np.float64),
+        crowd=np.array([annotation.crowd for _, annotation in scored], bool),
+    )
+    crowds, empty = int(truth.crowd.sum()), sum(not len(labels) for labels in all_labels)
+    report = [f"{crowds} crowd annotations left out of training"] * (crowds > 0)
+    report += [f"{flat} boxes without area dropped, from training and scoring"] * (flat > 0)
+    report += [f"{text} annotations with iscrowd or area as text, read as numbers"] * (text > 0)
     report += [f"{empty} images without boxes kept"] * (empty > 0)
-    return tuple(all_boxes), tuple(all_labels), report
+    return tuple(all_boxes), tuple(all_labels), truth, report
 
 
 def skip_report(what: str, problems: Sequence[str]) -> list[str]:
@@ -118,16 +199,36 @@ def skip_report(what: str, problems: Sequence[str]) -> list[str]:
     return [f"{len(problems)} bad {what} skipped; the first: {problems[0]}"] if problems else []
 
 
-def box_problem(box: Any, size: tuple[int, int]) -> str | None:
-    """Says what is wrong with an annotated (x, y, width, height), or `None`; no area is no problem here."""
-    numbers = isinstance(box, list | tuple) and len(box) == 4 and all(isinstance(v, int | float) for v in box)
-    if not numbers or not all(map(math.isfinite, box)):
-        return f"bbox: got {box}, expected 4 finite numbers (x, y, width, height)"
+def id_problem(value: Any) -> str | None:
+    """Says what is wrong with the id of an image or a category, or `None`."""
+    if type(value) is int and 0 <= value < 2**63:
+        return None
+    return f"got {shown(value)}, expected an integer from 0 to 2^63 - 1"
+
+
+def box_problem(box: Any, size: tuple[int, int] | None) -> str | None:
+    """Says what is wrong with an annotated (x, y, width, height), or `None`; no area is no problem here.
+
+    Args:
+        box: what the file has.
+        size: (h, w) of its image; `None`: not known.
+    """
+    numbers = isinstance(box, list | tuple) and len(box) == 4 and all(type(v) in (int, float) for v in box)
+    if not numbers or not all(-_FARTHEST < v < _FARTHEST for v in box):
+        return f"bbox: got {shown(box)}, expected 4 finite numbers (x, y, width, height)"
+    if size is None:
+        return None
     x, y, w, h = box
     height, width = size
     if w > 0 and h > 0 and (x >= width or y >= height or x + w <= 0 or y + h <= 0):
         return f"bbox: got (x, y, width, height) {box}, entirely outside its image of {height}x{width} (h, w)"
     return None
+
+
+def shown(value: Any) -> str:
+    """A value for a message: short, however long it is."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
 def raise_or_skip(

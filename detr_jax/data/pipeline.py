@@ -1,7 +1,7 @@
 """Reads and decodes the images of the sampler's batches, ahead of time; all that is done to pixels on the host.
 
-Two engines make the same batches, bit by bit: `tf` (tf.data, C++ threads) and `pillow` (a thread pool). TensorFlow
-decodes plain JPEG files; whatever needs rotation, color conversion or shrinking goes through `image.decode` in both.
+Two engines make the same batches, bit by bit: `tf` (tf.data) and `pillow` (a thread pool). Both read images by
+`DatasetIndex.image`.
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ import numpy as np
 
 from detr_jax.config import DataConfig
 from detr_jax.data.buckets import Bucket
-from detr_jax.data.image import decode
+from detr_jax.data.image import shrink
 from detr_jax.data.index import DatasetIndex
 from detr_jax.data.sampler import BatchPlan
 from detr_jax.errors import DataError
@@ -80,12 +80,7 @@ class _Loader:
         size = tuple(self.sizes[i].tolist())
         if self.cache and (kept := self.index.decoded.get((i, size))) is not None:
             return kept
-        name = self.index.name(i)
-        try:
-            encoded = self.index.encoded(i)
-        except OSError as error:
-            raise DataError(f"{name}: {error}") from error
-        pixels = decode(encoded, tuple(self.index.sizes[i].tolist()), size, name)
+        pixels = np.asarray(shrink(self.index.image(i), size))
         if self.cache:
             self.index.decoded[i, size] = pixels
         return pixels
@@ -134,31 +129,22 @@ def _tf_batches(
     index = loader.index
     ahead: deque[BatchPlan] = deque()  # plans whose rows TensorFlow has taken, oldest first
 
-    def rows() -> Iterator[tuple[int, bytes]]:
+    def rows() -> Iterator[int]:
         for plan in plans:
             ahead.append(plan)
-            for i in plan.index.tolist():
-                native = i >= 0 and index.plain[i] and (loader.sizes[i] == index.sizes[i]).all() and not loader.cache
-                yield i, index.name(i).encode() if native else b""
+            yield from plan.index.tolist()
 
     def image(i: np.ndarray) -> np.ndarray:
         return loader(int(i)) if i >= 0 else np.zeros([1, 1, 3], np.uint8)
 
-    def load(i: Any, path: Any) -> Any:
-        return tf.cond(
-            path != b"",
-            lambda: tf.io.decode_jpeg(
-                tf.io.read_file(path), channels=3, dct_method="INTEGER_ACCURATE", fancy_upscaling=True
-            ),
-            lambda: tf.ensure_shape(tf.numpy_function(image, [i], tf.uint8), [None, None, 3]),
-        )
+    def load(i: Any) -> Any:
+        return tf.ensure_shape(tf.numpy_function(image, [i], tf.uint8), [None, None, 3])
 
     first = next(plans, None)
     if first is None:
         return
     plans = itertools.chain([first], plans)
-    signature = (tf.TensorSpec([], tf.int64), tf.TensorSpec([], tf.string))
-    dataset = tf.data.Dataset.from_generator(rows, output_signature=signature)
+    dataset = tf.data.Dataset.from_generator(rows, output_signature=tf.TensorSpec([], tf.int64))
     dataset = dataset.map(load, num_parallel_calls=max(data.workers, 1), deterministic=True)
     dataset = dataset.padded_batch(len(first.index), [*loader.bucket, 3], drop_remainder=True)
     dataset = dataset.prefetch(max(data.prefetch, 1))

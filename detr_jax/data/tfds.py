@@ -12,8 +12,18 @@ import numpy as np
 from tqdm import tqdm
 
 from detr_jax.data.image import read_header
-from detr_jax.data.index import DatasetIndex, OnBad, Split, box_problem, index_boxes, raise_or_skip, skip_report
-from detr_jax.errors import DataError
+from detr_jax.data.index import (
+    Annotation,
+    DatasetIndex,
+    OnBad,
+    Split,
+    box_problem,
+    id_problem,
+    index_boxes,
+    raise_or_skip,
+    skip_report,
+)
+from detr_jax.errors import DataError, UserError
 
 _SPLITS = {"train": ("train",), "val": ("validation", "val")}
 
@@ -51,14 +61,13 @@ def load_tfds(
         )
     positions, keys, sizes, entries, image_problems, box_problems = [], [], [], [], [], []
     images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
     for position in tqdm(range(len(source)), f"reading {name}", delay=2, unit=" examples"):
         example = source[position]
         image_id, key = int(example.get("image/id", position)), f"{name}[{split}][{position}]"
         try:
-            header = read_header(io.BytesIO(example["image"]))
-        except (OSError, ValueError, SyntaxError) as error:
-            image_problems.append(f"{key}.image: unreadable: {error}; expected a complete image: prepare it again")
+            header = read_header(io.BytesIO(example["image"]), f"{key}.image")
+        except UserError as error:
+            image_problems.append(f"{error}; expected a complete image: prepare it again")
             continue
         height, width = header.size
         positions.append(position)
@@ -77,25 +86,16 @@ def load_tfds(
                 box_problems.append(f"{key}.objects[{number}].{problem}")
                 continue
             area = float(objects["area"][number]) if "area" in objects else bbox[2] * bbox[3]
-            entries.append((image_id, bbox, int(label), bool(crowd[number])))
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": int(label),
-                    "bbox": bbox,
-                    "area": area,
-                    "iscrowd": int(crowd[number]),
-                }
-            )
+            entries.append(Annotation(image_id, int(label), bbox, area, bool(crowd[number])))
     raise_or_skip(f"data.tfds {name!r}", on_bad_image, image_problems, on_bad_annotation, box_problems)
     if not images:
         raise DataError(f"data.tfds {name!r}: split {split!r} is empty; expected at least one readable image")
     image_ids = [image["id"] for image in images]
     if len(set(image_ids)) < len(image_ids):
         raise DataError(f"data.tfds {name!r}: image/id: got an id twice, expected different ids")
-    boxes, labels, report = index_boxes(image_ids, np.array(sizes, np.int32), entries)
-    categories = [{"id": label, "name": text} for label, text in enumerate(names)]
+    if problems := [problem for i in image_ids if (problem := id_problem(i)) is not None]:
+        raise DataError(f"data.tfds {name!r}: image/id: {problems[0]}")
+    boxes, labels, kept, report = index_boxes(image_ids, np.array(sizes, np.int32), entries)
     return DatasetIndex(
         image_ids=np.array(image_ids, np.int64),
         sizes=np.array(sizes, np.int32),
@@ -110,9 +110,8 @@ def load_tfds(
             *skip_report("annotations", box_problems),
         ),
         names=tuple(keys),
-        plain=np.zeros(len(images), bool),
         read=lambda i: source[positions[i]]["image"],
-        read_ground_truth=lambda: {"images": images, "annotations": annotations, "categories": categories},
+        read_ground_truth=lambda: kept.ground_truth(images, ids, names),
     )
 
 

@@ -12,8 +12,10 @@ from flax import nnx
 from detr_jax.boxes import box_iou
 from detr_jax.checkpoints.load import Loaded
 from detr_jax.config import DeformableDETRConfig
-from detr_jax.data.image import ImageLike, fit_size, open_image, pad_to_bucket
+from detr_jax.data.buckets import round_up
+from detr_jax.data.image import ImageLike, open_image, pad_to_bucket
 from detr_jax.data.resample import normalize
+from detr_jax.data.transforms import resize_size
 from detr_jax.errors import UserError
 from detr_jax.postprocess import postprocess
 from detr_jax.surgery.transplant import Operated, Origin, Path, by_level, by_sample, deformable, transplant
@@ -187,7 +189,7 @@ class _Probe:
     def __call__(self, image: ImageLike) -> tuple[dict[str, Any], list[Any], dict[tuple[str, int], Any]]:
         """Logits `[q, k]` and boxes `[q, 4]`; scores, labels, boxes_xyxy (0-1) of detections; weights `[h, l, p]`."""
         opened = open_image(image)
-        size = fit_size(np.array([opened.height, opened.width]), self.loaded.scale, self.loaded.max_size)
-        h, w = -(-size // 32) * 32
-        pixels, sizes, _ = pad_to_bucket([(opened, size)], (int(h), int(w)), 1)
+        size = resize_size(np.array([opened.height, opened.width]), self.loaded.scale, self.loaded.max_size)
+        h, w = round_up(size)
+        pixels, sizes, _ = pad_to_bucket([(opened, size)], (int(h), int(w)), 1, self.loaded.max_source_side)
         return jax.device_get(self.run(self.state, pixels, sizes))

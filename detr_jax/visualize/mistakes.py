@@ -10,7 +10,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from detr_jax.boxes import box_iou
-from detr_jax.data.image import decode
 from detr_jax.data.index import DatasetIndex
 from detr_jax.detector import Detector
 
@@ -69,8 +68,7 @@ def detect_all(detector: Detector, index: DatasetIndex) -> tuple[list[Found], li
 
 def read_image(index: DatasetIndex, i: int) -> Image.Image:
     """Image i of a data set."""
-    height, width = index.sizes[i].tolist()
-    return Image.fromarray(decode(index.encoded(i), (height, width), (height, width), index.name(i)))
+    return index.image(i)
 
 
 def find_mistakes(

@@ -158,7 +158,9 @@ def test_buckets_hold_every_image():
     buckets = detector.inference_buckets(800, 1333)
     assert buckets == ((800, 800), (800, 1088), (1088, 800), (800, 1344), (1344, 800))
     rng = np.random.default_rng(0)
-    sizes = detector.fit_size(rng.integers(1, 5000, (1000, 2)), 800, 1333)
+    short = rng.integers(1, 1000, 1000)
+    orig = np.stack([short, short * rng.uniform(1, 4, 1000)], -1).astype(int)
+    sizes = detector.resize_size(np.concatenate([orig, orig[:, ::-1]]), 800, 1333)
     assert (smallest_bucket(buckets, sizes) >= 0).all()
 
 

@@ -32,7 +32,6 @@ def make_index(n: int, sizes=COCO_SIZES, seed: int = 0, extent: float = 1.0) -> 
         category_names=tuple("abcde"),
         report=(),
         names=tuple(f"{i}.jpg" for i in range(n)),
-        plain=np.ones(n, bool),
         read=lambda i: b"",
         read_ground_truth=dict,
     )
