@@ -27,7 +27,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -292,27 +291,38 @@ def entropies(output: Path) -> list[dict[str, Any]]:
     pixels = resample_batch(batch, canvas, sampler, config.data)
     start = models.build(config.model, rngs=nnx.Rngs(config.train.seed))
     graphdef, params, buffers = models.split(config.model, start)
-    look = jax.jit(partial(attention_entropy, graphdef=graphdef))
-    found = [{"epoch": 0.0, **measured(look(params, buffers, pixels, batch["size"]))}]
+
+    @jax.jit
+    def look(params, buffers):
+        model = nnx.merge(graphdef, params, buffers)
+        _, captured = nnx.capture(model, nnx.Intermediate)(pixels, batch["size"])
+        return attention_entropy(nnx.to_pure_dict(captured))
+
+    found = [{"epoch": 0.0, **measured(look(params, buffers))}]
     per_epoch = len(TrainSampler(load_split(config.data, "train"), config.data, config.train.batch_size, 0))
     for step in checkpoint.steps(str(output)):
         if step % per_epoch == 0:
             _, params, buffers = restore_model(str(output), step, config, mesh)
-            found.append({"epoch": step / per_epoch, **measured(look(params, buffers, pixels, batch["size"]))})
+            found.append({"epoch": step / per_epoch, **measured(look(params, buffers))})
     return found
 
 
-def attention_entropy(params: dict, buffers: dict, pixels, sizes, *, graphdef) -> dict[str, tuple[Any, int]]:
-    """Mean entropy (nats) of the attention of the encoder to itself and of the queries to the image, over images,
-    heads, rows and layers, and N_k, how many keys a row weighs: it starts at log N_k, where each weight is 1 / N_k."""
-    _, captured = nnx.capture(nnx.merge(graphdef, params, buffers), nnx.Intermediate)(pixels, sizes)
-    captured = nnx.to_pure_dict(captured)
+def attention_entropy(captured: Mapping[str, Any]) -> dict[str, tuple[Any, int]]:
+    """Entropy of a model's attention to the image: the encoder's to itself, and that of the queries.
+
+    Args:
+        captured: the intermediates of a forward pass.
+
+    Returns:
+        For `encoder` and `decoder` the mean entropy in nats over images, heads, rows and layers, and N_k, how many keys
+        a row weighs: equal weights, each 1 / N_k, have the entropy log N_k.
+    """
     result = {}
-    for part, layer_name in (("encoder", "self_attn"), ("decoder", "cross_attn")):
+    for part, name in (("encoder", "self_attn"), ("decoder", "cross_attn")):
         values, keys = [], 0
         for layer in captured[part].values():
-            weights = layer[layer_name]["attention_weights"][0]
-            if "sampling_locations" in layer[layer_name]:  # [b, q, h, l, p]; of DETR [b, h, q, s]
+            weights = layer[name]["attention_weights"][0]
+            if "sampling_locations" in layer[name]:  # [b, q, h, l, p]; of DETR [b, h, q, s]
                 weights = weights.reshape(*weights.shape[:3], -1)
             keys = weights.shape[-1]
             values.append(-jax.scipy.special.xlogy(weights, weights).sum(-1).mean())
@@ -442,7 +452,7 @@ def main(argv: Sequence[str]) -> None:
     if args.figures:
         import convergence_figures
 
-        return convergence_figures.draw(args.results)
+        return convergence_figures.draw(args.results, args.results.parent / "convergence.md", all_cells(list(SIZES)))
     cells = [cell for cell in all_cells(list(roots)) if any(fnmatch.fnmatch(cell.name, p) for p in args.cells)]
     if not cells:
         sys.exit(f"error: --cells {' '.join(args.cells)}: no such cell; --list shows them")
