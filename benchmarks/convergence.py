@@ -35,7 +35,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from detr_jax import checkpoint, models, sharding
+from detr_jax import sharding
+from detr_jax.checkpoints import restore_model, store
 from detr_jax.config import (
     BackboneConfig,
     Config,
@@ -48,13 +49,12 @@ from detr_jax.config import (
     TrainConfig,
     from_dict,
 )
-from detr_jax.data.coco import load_split
 from detr_jax.data.pipeline import batches
 from detr_jax.data.resample import resample_batch
-from detr_jax.data.sampler import EvalSampler, TrainSampler
-from detr_jax.evaluation import restore_model
-from detr_jax.metrics import format_seconds, read_metrics
-from detr_jax.training import NonFiniteLossError, init_state, make_optimizer, make_train_step, train
+from detr_jax.metric_writer import format_seconds, read_metrics
+from detr_jax.models import build, split
+from detr_jax.train_step import init_state, make_train_step
+from detr_jax.training import NonFiniteLossError, prepare, read_batches, train
 
 ROOT = Path(__file__).resolve().parents[1]
 RATES = (1e-4, 3e-4, 1e-3)
@@ -282,29 +282,38 @@ def curve(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def entropies(output: Path) -> list[dict[str, Any]]:
     """Entropy of the attention to the image, at the start and in each kept checkpoint, on eight validation images."""
-    saved = checkpoint.read_metadata(str(output))
-    config = from_dict(saved["config"], saved["model"])
-    index = load_split(config.data, "val", category_ids=saved["category_ids"])
-    mesh = sharding.make_mesh()
-    sampler = EvalSampler(index, config.data, 8)
-    (canvas, batch), *_ = batches(index, sampler, range(1), rows=sharding.host_rows(8, mesh), data_config=config.data)
-    pixels = resample_batch(batch, canvas, sampler, config.data)
-    start = models.build(config.model, rngs=nnx.Rngs(config.train.seed))
-    graphdef, params, buffers = models.split(config.model, start)
+    saved = store.read_metadata(str(output))
+    run = prepare(from_dict(saved["config"], saved["model"]))
+    config, rows = run.config, sharding.host_rows(run.config.train.batch_size, run.mesh)
+    feed = batches(run.val_index, run.eval_sampler, range(4), rows=rows, data_config=config.data)
+    graphdef, *start = split(config.model, build(config.model, rngs=nnx.Rngs(config.train.seed)))
+
+    images = []
+    with contextlib.closing(feed), jax.set_mesh(run.mesh):
+        for bucket, batch in feed:
+            batch.pop("image_id")
+            placed = sharding.put_batch(batch, run.mesh)
+            images.append((resample_batch(placed, bucket, run.eval_sampler, config.data), placed["size"]))
 
     @jax.jit
-    def look(params, buffers):
+    def look(params, buffers, pixels, sizes):
         model = nnx.merge(graphdef, params, buffers)
-        _, captured = nnx.capture(model, nnx.Intermediate)(pixels, batch["size"])
+        _, captured = nnx.capture(model, nnx.Intermediate)(pixels, sizes)
         return attention_entropy(nnx.to_pure_dict(captured))
 
-    found = [{"epoch": 0.0, **measured(look(params, buffers))}]
-    per_epoch = len(TrainSampler(load_split(config.data, "train"), config.data, config.train.batch_size, 0))
-    for step in checkpoint.steps(str(output)):
-        if step % per_epoch == 0:
-            _, params, buffers = restore_model(str(output), step, config, mesh)
-            found.append({"epoch": step / per_epoch, **measured(look(params, buffers))})
-    return found
+    def mean(epoch: float, params: dict, buffers: dict) -> dict[str, Any]:
+        found = [jax.device_get(look(params, buffers, pixels, sizes)) for pixels, sizes in images]
+        return {"epoch": epoch} | {
+            part: {"entropy": round(float(np.mean([f[part][0] for f in found])), 4), "keys": int(found[0][part][1])}
+            for part in found[0]
+        }
+
+    points = [mean(0.0, *start)]
+    for step in store.steps(str(output)):
+        if step % len(run.sampler) == 0:
+            _, params, buffers = restore_model(str(output), step, config, run.mesh)
+            points.append(mean(step / len(run.sampler), params, buffers))
+    return points
 
 
 def attention_entropy(captured: Mapping[str, Any]) -> dict[str, tuple[Any, int]]:
@@ -330,37 +339,25 @@ def attention_entropy(captured: Mapping[str, Any]) -> dict[str, tuple[Any, int]]
     return result
 
 
-def measured(found: Mapping[str, tuple[Any, Any]]) -> dict[str, dict[str, float]]:
-    """As JSON holds it."""
-    return {part: {"entropy": round(float(value), 4), "keys": int(keys)} for part, (value, keys) in found.items()}
-
-
 def step_cost(config: Config) -> dict[str, Any]:
     """GFLOPs of a training step as XLA counts them, and its seconds: the median of 20.
 
     On a CPU these are seconds of processor time, so that other work on the machine does not count.
     """
-    mesh = sharding.make_mesh()
-    index = load_split(config.data, "train")
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=index.num_classes))
-    sampler = TrainSampler(index, config.data, config.train.batch_size, 0)
-    optimizer = make_optimizer(config.optim, 1000)
+    run = prepare(dataclasses.replace(config, train=dataclasses.replace(config.train, max_steps=22)))
     on_cpu = jax.default_backend() == "cpu"
     clock = time.process_time if on_cpu else time.perf_counter
-    seconds, rows = [], sharding.host_rows(config.train.batch_size, mesh)
-    with jax.set_mesh(mesh):
-        graphdef, state = init_state(config, optimizer, mesh)
-        step = make_train_step(config, graphdef, optimizer, sampler)
-        feed = batches(index, sampler, range(22), rows=rows, data_config=config.data)
-        with contextlib.closing(feed):
-            compiled: Any = None
-            for canvas, batch in feed:
-                batch.pop("image_id")
-                placed = sharding.put_batch(batch, mesh)
-                compiled = compiled or step.lower(state, placed, canvas=canvas).compile()
-                begin = clock()
-                state, _ = jax.block_until_ready(compiled(state, placed))
-                seconds.append(clock() - begin)
+    seconds = []
+    with jax.set_mesh(run.mesh), contextlib.closing(read_batches(run, 0)) as feed:
+        graphdef, state = init_state(run.config, run.optimizer, run.mesh)
+        step: Any = make_train_step(run.config, graphdef, run.optimizer, run.sampler)
+        compiled: Any = None
+        for bucket, batch in feed:
+            placed = sharding.put_batch(batch, run.mesh)
+            compiled = compiled or step.lower(state, placed, bucket=bucket).compile()
+            begin = clock()
+            state, _ = jax.block_until_ready(compiled(state, placed))
+            seconds.append(clock() - begin)
     flops = compiled.cost_analysis()["flops"]
     return {
         "gflops_per_step": round(flops / 1e9, 3),
