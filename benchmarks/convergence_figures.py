@@ -39,10 +39,9 @@ def draw(results: Path, page: Path, cells: Sequence[Any]) -> None:
         page: the document.
         cells: all of the study's, to say what was not run.
     """
-    stored = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
     sections = []
     for data in dict.fromkeys(cell.data for cell in cells):
-        found = [result for result in stored if result["data"] == data]
+        found = load(results, data)
         if not found:
             sections.append(f"### {data}\n\nNot run.")
             continue
@@ -65,6 +64,12 @@ def draw(results: Path, page: Path, cells: Sequence[Any]) -> None:
     before, rest = page.read_text().split(BEGIN)
     page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}")
     print(text)
+
+
+def load(results: Path, data: str) -> list[Result]:
+    """The stored results of a data set."""
+    stored = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    return [result for result in stored if result["data"] == data]
 
 
 def by_model(found: Iterable[Result], part: str) -> dict[str, list[Result]]:

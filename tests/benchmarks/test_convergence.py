@@ -13,7 +13,7 @@ from PIL import Image
 
 from detr_jax.config import LossConfig
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BCCD = ROOT / "tests/data/bccd"
 
 
