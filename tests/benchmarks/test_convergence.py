@@ -1,10 +1,9 @@
 """`benchmarks/convergence.py`, its figures and `benchmarks/deep_pcb.py`: everything but the trainings themselves."""
 
 import dataclasses
-import importlib.util
+import importlib
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,28 +16,32 @@ ROOT = Path(__file__).parents[2]
 BCCD = ROOT / "tests/data/bccd"
 
 
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmarks/{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="module", autouse=True)
+def scripts():
+    """The scripts import each other by name, as they find each other when they are run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        yield
 
 
 @pytest.fixture(scope="module")
-def study():
-    return load("convergence")
+def study(scripts):
+    return importlib.import_module("convergence_cells")
 
 
 @pytest.fixture(scope="module")
-def figures():
-    return load("convergence_figures")
+def runner(scripts):
+    return importlib.import_module("convergence")
 
 
 @pytest.fixture(scope="module")
-def deep_pcb():
-    return load("deep_pcb")
+def figures(scripts):
+    return importlib.import_module("convergence_figures")
+
+
+@pytest.fixture(scope="module")
+def deep_pcb(scripts):
+    return importlib.import_module("deep_pcb")
 
 
 def result(study, cell, aps, *, loss=1.0, lr=3e-4, **more):
@@ -120,7 +123,7 @@ def test_curve(study):
     assert point == {"epoch": 2.0, "step": 20, "hours": 0.5, "loss": 1.5} | dict.fromkeys(study.SCORES, 0.25)
 
 
-def test_runs_each_cell_once_after_its_tries(study, tmp_path, monkeypatch):
+def test_runs_each_cell_once_after_its_tries(study, runner, tmp_path, monkeypatch):
     cells = study.all_cells(["bccd"])
     main = study.Cell("bccd", "main", "two_stage")
     chosen = [main, *(c for c in cells if c.part == "try" and c.model == "two_stage")]
@@ -130,14 +133,14 @@ def test_runs_each_cell_once_after_its_tries(study, tmp_path, monkeypatch):
         ran.append((cell.name, rate))
         return result(study, cell, [0.3 if rate == 1e-3 else 0.1], lr=rate)
 
-    monkeypatch.setattr(study, "run_cell", run_cell)
-    with study.claimed(chosen[1], tmp_path / "work") as mine:
+    monkeypatch.setattr(runner, "run_cell", run_cell)
+    with runner.claimed(chosen[1], tmp_path / "work") as mine:
         assert mine
-        with study.claimed(chosen[1], tmp_path / "work") as again:
+        with runner.claimed(chosen[1], tmp_path / "work") as again:
             assert not again, "another process has it"
-    study.run_all(chosen, {}, tmp_path / "results", tmp_path / "work")
+    runner.run_all(chosen, {}, tmp_path / "results", tmp_path / "work")
     assert [name for name, _ in ran[:3]] == [c.name for c in chosen[1:]] and ran[3:] == [(main.name, 1e-3)]
-    study.run_all(chosen, {}, tmp_path / "results", tmp_path / "work")
+    runner.run_all(chosen, {}, tmp_path / "results", tmp_path / "work")
     assert len(ran) == 4, "what is finished is not run again"
     assert json.loads((tmp_path / "results/bccd-main-two_stage-seed0.json").read_text())["lr"] == 1e-3
 
