@@ -55,10 +55,9 @@ def draw(results: Path, page: Path, cells: Sequence[Any]) -> None:
             if figure is not None:
                 figure.savefig(results / name)
                 lines += [f"![{title}]({results.name}/{name})", ""]
-        tables = (rate_table, main_table, until_table, ablation_table, entropy_table)
+        tables = (rate_table, cost_table, main_table, until_table, ablation_table, entropy_table)
         lines += itertools.chain.from_iterable([*table(found), ""] for table in tables)
-        missing = [cell.name for cell in cells if cell.data == data and cell.name not in {r["cell"] for r in found}]
-        lines += [f"Not run: {', '.join(f'`{name}`' for name in missing) if missing else 'nothing'}."]
+        lines += [finished(found, [cell for cell in cells if cell.data == data])]
         sections.append("\n".join(lines))
     text = "\n\n".join(sections)
     before, rest = page.read_text().split(BEGIN)
@@ -70,6 +69,14 @@ def load(results: Path, data: str) -> list[Result]:
     """The stored results of a data set."""
     stored = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
     return [result for result in stored if result["data"] == data]
+
+
+def finished(found: Sequence[Result], cells: Sequence[Any]) -> str:
+    """How many cells of each part have a result."""
+    names = {result["cell"] for result in found}
+    parts = {part: [c.name in names for c in cells if c.part == part] for part in dict.fromkeys(c.part for c in cells)}
+    counts = ", ".join(f"`{part}` {sum(done)} of {len(done)}" for part, done in parts.items())
+    return f"Finished cells: {counts}. The others were not run; `--list` names them."
 
 
 def by_model(found: Iterable[Result], part: str) -> dict[str, list[Result]]:
@@ -128,21 +135,30 @@ def rate_table(found: Sequence[Result]) -> list[str]:
 
 def main_table(found: Sequence[Result]) -> list[str]:
     """What each model reached."""
-    costs = {result["model"]: result for result in found if result["part"] == "cost"}
     rows = []
     for part, note in (("main", ""), ("long", ", long run")):
         for model, runs in by_model(found, part).items():
-            cost = costs.get(model, {})
             numbers = [spread([run["curve"][-1][score] for run in runs]) for score in SCORES]
-            size = f"{cost['parameters'] / 1e6:.1f} M" if cost else "-"
-            per_step = [f"{cost[k]:{form}}" if cost else "-" for k, form in COST]
-            epochs = f"{runs[0]['epochs']}"
-            rows.append([NAMES[model] + note, epochs, str(len(runs)), *numbers, size, *per_step])
-    head = ["", "epochs", "seeds", *SCORES.values(), "parameters", "GFLOPs per step", "seconds per step"]
+            rows.append([NAMES[model] + note, str(runs[0]["epochs"]), str(len(runs)), *numbers])
+    if not rows:
+        return ["Main curve: not run."]
+    head = ["", "epochs", "seeds", *SCORES.values()]
     return table("At the end of the training, mean (lowest to highest) over seeds.", head, rows)
 
 
-COST = (("gflops_per_step", ".1f"), ("seconds_per_step", ".2f"))
+def cost_table(found: Sequence[Result]) -> list[str]:
+    """What a training step costs."""
+    costs = {result["model"]: result for result in found if result["part"] == "cost"}
+    rows = [
+        [NAMES[model], f"{c['parameters']:,}", f"{c['gflops_per_step']:.1f}", f"{c['seconds_per_step']:.2f}"]
+        for model in NAMES
+        if (c := costs.get(model))
+    ]
+    if not rows:
+        return ["Cost of a step: not counted."]
+    clock = " and ".join(sorted({result["clock"] for result in costs.values()}))
+    head = ["", "parameters", "GFLOPs", f"seconds ({clock})"]
+    return table("A training step: GFLOPs as XLA counts them, and time.", head, rows)
 
 
 def until_table(found: Sequence[Result]) -> list[str]:

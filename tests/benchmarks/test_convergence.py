@@ -163,6 +163,7 @@ def test_figures_and_tables(study, figures, tmp_path, capsys):
     results, page = tmp_path / "convergence", tmp_path / "convergence.md"
     results.mkdir()
     page.write_text(f"before\n{figures.BEGIN}\nold\n{figures.END}\nafter\n")
+    cost = {"gflops_per_step": 2.5, "seconds_per_step": 0.12, "parameters": 1000, "clock": "processor"}
     entropy = [
         {"epoch": e, **{part: {"entropy": v, "keys": 20} for part in ("encoder", "decoder")}}
         for e, v in ((0, 3), (4, 1))
@@ -174,6 +175,7 @@ def test_figures_and_tables(study, figures, tmp_path, capsys):
         result(study, study.Cell("bccd", "main", "multi_scale", 1), [0.1, 0.3, 0.4, 0.5]),
         result(study, study.Cell("bccd", "main", "single_scale"), [0.1, 0.1, 0.1, 0.1]),
         result(study, study.Cell("bccd", "try", "detr", rate=1e-4), [0.01], lr=1e-4),
+        result(study, study.Cell("bccd", "cost", "detr"), [], **cost),
     ]
     for one in stored:
         (results / f"{one['cell'].replace('/', '-')}.json").write_text(json.dumps(one))
@@ -185,8 +187,9 @@ def test_figures_and_tables(study, figures, tmp_path, capsys):
     assert rows["Deformable, single-scale"] == "| Deformable, single-scale | not reached | - |"
     assert "seed 0: 0.200 at epoch 3; seed 1: 0.300 at epoch 4" in text
     assert "| DETR | 4 | 2 | 0.250 (0.200 to 0.300) | 0.500 (0.400 to 0.600) | - |" in text
+    assert "| DETR | 1,000 | 2.5 | 0.12 |" in text
     assert "| DETR, encoder | 20 | 3.00 | 3.00 (100%) | 1.00 (33%) |" in text
-    assert "Ablations: not run." in text and "`bccd/main/refine/seed0`" in text and "### deep_pcb\n\nNot run." in text
+    assert "Ablations: not run." in text and "`main` 5 of 21" in text and "### deep_pcb\n\nNot run." in text
     assert all((results / f"bccd_{name}.png").stat().st_size > 5000 for name in ("ap", "sizes", "entropy"))
     assert "deep_pcb" in capsys.readouterr().out
 
