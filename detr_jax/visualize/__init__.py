@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from detr_jax.curves import plot_curves
     from detr_jax.drawing import class_color, compare, contact_sheet, draw_detections
     from detr_jax.visualize.attention_figures import attention_figure, encoder_figure, saliency_figure, sampling_figure
+    from detr_jax.visualize.convolution_figures import convolution_figure
     from detr_jax.visualize.denoising_figures import (
         denoising_figure,
         instability,
@@ -32,6 +33,7 @@ __all__ = [
     "confusion",
     "confusion_figure",
     "contact_sheet",
+    "convolution_figure",
     "denoising_figure",
     "detect_all",
     "draw_detections",
@@ -55,6 +57,7 @@ _MODULES = (
     "curves",
     "visualize.inspection",
     "visualize.attention_figures",
+    "visualize.convolution_figures",
     "visualize.prediction_figures",
     "visualize.denoising_figures",
     "visualize.mistakes",

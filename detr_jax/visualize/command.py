@@ -351,6 +351,32 @@ def confusion(
     _write(confusion_figure(counts, index.category_names, score(index.ground_truth(), results)), out)
 
 
+def convolution(
+    image: OneImage,
+    /,
+    checkpoint: str,
+    out: str = "convolution.png",
+    point: tuple[float, float] | None = None,
+    dilation: bool | None = None,
+) -> None:
+    """What deformable convolutions sample, beside plain ones and deformable attention.
+
+    Args:
+        image: An image.
+        checkpoint: As for predict.
+        out: File to write: .png, .jpg, .webp, .pdf or .svg.
+        point: x y in pixels; none takes the middle.
+        dilation: DC5 or not, for files that do not tell.
+    """
+    _check_out(out)
+    from detr_jax.data.image import open_image
+    from detr_jax.visualize.convolution_figures import convolution_figure
+
+    opened = open_image(image)
+    point = point or (opened.width / 2, opened.height / 2)
+    _write(convolution_figure(_detector(checkpoint, dilation), opened, point), out)
+
+
 def curves(
     runs: tyro.conf.Positional[tuple[str, ...]],
     /,
@@ -375,6 +401,7 @@ def curves(
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "sampling": sampling,
+    "convolution": convolution,
     "encoder": encoder,
     "attention": attention,
     "saliency": saliency,
