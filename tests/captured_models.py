@@ -1,12 +1,14 @@
-"""Models with noise on every parameter, as jitted functions that also hand out intermediate values."""
+"""Models with random parameters, as functions that also hand out intermediate values."""
 
 import functools
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from transformers_weights import load, random_weights
 
 from detr_jax.config import BackboneConfig, DETRConfig
-from detr_jax.models import build
 
 DETR = DETRConfig(
     backbone=BackboneConfig(depth=18, norm="group", freeze_at=0),
@@ -22,23 +24,18 @@ DETR = DETRConfig(
 def noisy(model, scale=0.1):
     """Adds noise to every parameter: the initial sampling offsets and attention weights hardly depend on the input."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    leaves = [x + scale * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
-    return nnx.merge(graphdef, jax.tree.unflatten(tree, leaves), rest)
+    rng = np.random.default_rng(1)  # in NumPy: nothing to compile
+    noise = jax.tree.map(
+        lambda x: jnp.asarray(np.asarray(x) + scale * rng.standard_normal(x.shape, np.float32)), params
+    )
+    return nnx.merge(graphdef, noise, rest)
 
 
 @functools.cache
 def functions(config):
-    """The model's state, and it as jitted functions of that and its inputs: plain, and with what was captured."""
-    graphdef = None
-
-    def init():
-        nonlocal graphdef
-        graphdef, state = nnx.split(noisy(build(config, rngs=nnx.Rngs(0))))
-        return state
-
-    state = jax.jit(init)()
+    """A model's state, and it as functions of that and its inputs: plain, and with what was captured."""
+    graphdef, state = nnx.split(load(config, random_weights(config)))
+    state = jax.tree.map(jnp.asarray, state)
 
     def plain(state, images, sizes):
         return nnx.merge(graphdef, state)(images, sizes)

@@ -31,3 +31,10 @@ def padded_batch(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     for image, (h, w) in zip(images, sizes, strict=True):
         image[h:], image[:, w:] = 0, 0
     return images, sizes
+
+
+def noise_maps(self, images, sizes) -> list[np.ndarray]:
+    """In place of `ResNet.__call__`: maps that need not be compiled, for tests of what comes after them."""
+    rng = np.random.default_rng(1)
+    shapes = [(len(images), -(-images.shape[1] // s), -(-images.shape[2] // s)) for s in (4, 8, 16, 32)]
+    return [rng.normal(size=(*n, c)).astype(np.float32) for n, c in zip(shapes, self.channels, strict=True)]

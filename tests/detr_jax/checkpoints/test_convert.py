@@ -28,7 +28,8 @@ def detector():
     config = DeformableDETRConfig(
         backbone=BackboneConfig(depth=18), hidden_dim=32, encoder_layers=1, decoder_layers=1, num_levels=1
     )
-    return split(config, build(config, rngs=nnx.Rngs(0)))
+    graphdef, params, buffers = split(config, model_of(config))
+    return graphdef, *jax.tree.map(jnp.asarray, (params, buffers))
 
 
 @pytest.fixture(scope="module")

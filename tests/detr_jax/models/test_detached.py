@@ -2,10 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import transformers_weights
 from flax import nnx
+from small_models import noise_maps
 
 from detr_jax.config import BackboneConfig, DeformableDETRConfig
 from detr_jax.models import ResNet, split
@@ -29,11 +29,6 @@ CONFIG = DeformableDETRConfig(
 def gradients():
     """Of the last decoder layer's outputs alone, with respect to each prediction head: [class_embed, bbox_embed]."""
 
-    def maps(self, images, sizes):
-        rng = np.random.default_rng(1)
-        shapes = [(2, 64 // s, 64 // s) for s in (4, 8, 16, 32)]
-        return [rng.normal(size=(*n, c)).astype(np.float32) for n, c in zip(shapes, self.channels, strict=True)]
-
     # Not the initial weights: box layers that start at zero would hide what lies before them.
     model = transformers_weights.load(CONFIG, transformers_weights.random_weights(CONFIG))
     graphdef, params, buffers = split(CONFIG, model)
@@ -43,7 +38,7 @@ def gradients():
         return jnp.square(outputs["pred_boxes"] - 0.3).sum() + jnp.square(outputs["pred_logits"]).sum()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ResNet, "__call__", maps)  # noise for the backbone's maps: it need not be compiled
+        patch.setattr(ResNet, "__call__", noise_maps)
         grads = jax.jit(jax.grad(loss))(params)
     return {
         name: [max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(head)) for head in grads[name].values()]

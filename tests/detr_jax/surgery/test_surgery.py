@@ -10,6 +10,7 @@ import pytest
 import tiny
 import transformers_weights
 from flax import nnx
+from small_models import noise_maps
 
 import detr_jax
 from detr_jax import cli, surgery, train_step
@@ -70,14 +71,8 @@ def short_resnet_34_and_50():
 @pytest.fixture(autouse=True)
 def fixed_maps(request, monkeypatch):
     """Noise for the backbone's maps, so that it need not be compiled; its surgery has its own test, without this."""
-
-    def maps(self, images, sizes):
-        rng = np.random.default_rng(1)
-        shapes = [(len(images), images.shape[1] // s, images.shape[2] // s) for s in (4, 8, 16, 32)]
-        return [rng.normal(size=(*n, c)).astype(np.float32) for n, c in zip(shapes, self.channels, strict=True)]
-
     if "backbone" not in request.node.name:
-        monkeypatch.setattr(ResNet, "__call__", maps)
+        monkeypatch.setattr(ResNet, "__call__", noise_maps)
 
 
 @functools.cache
