@@ -112,6 +112,12 @@ def test_keeps_the_last_and_the_best(tmp_path):
     assert store.steps(str(tmp_path)) == [3, 7, 8]
 
 
+def test_the_best_of_equal_scores_is_the_newest(tmp_path):
+    save_all(tmp_path, {1: 0.5, 2: 0.5, 3: 0.1}, keep_last=3)
+    assert store.steps(str(tmp_path)) == [1, 2, 3]
+    assert store.read_metadata(str(tmp_path), "best")["step"] == 2
+
+
 def test_only_the_last(tmp_path):
     save_all(tmp_path, {1: 0.9, 2: 0.1, 3: None}, keep_last=1, keep_best=0)
     assert store.steps(str(tmp_path)) == [3]
