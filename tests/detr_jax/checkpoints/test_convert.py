@@ -79,13 +79,13 @@ def test_a_deformable_backbone_starts_as_the_convolutions_of_the_file(version, t
     params, buffers = (jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), x) for x in split(config, model)[1:])
     tensors = dict(tensors)
     save_file(tensors, tmp_path / "resnet18.safetensors")
-    new, _ = load_backbone(str(tmp_path / "resnet18.safetensors"), backbone, params, buffers)
+    new, frozen = load_backbone(str(tmp_path / "resnet18.safetensors"), backbone, params, buffers)
     conv = new["backbone"]["stages"][1][0]["convs"][1]
     theirs = tensors["layer2.0.conv2.weight"].transpose(2, 3, 1, 0)
     np.testing.assert_array_equal(conv["kernel"], version * theirs)
     assert not np.any(conv["offset"]["kernel"])
     np.testing.assert_array_equal(
-        new["backbone"]["stages"][0][0]["convs"][1]["kernel"], tensors["layer1.0.conv2.weight"].transpose(2, 3, 1, 0)
+        frozen["backbone"]["stages"][0][0]["convs"][1]["kernel"], tensors["layer1.0.conv2.weight"].transpose(2, 3, 1, 0)
     )
     channels = 9 * (version + 1)
     for layer, width in ((2, 128), (3, 256), (4, 512)):
