@@ -148,6 +148,13 @@ MUTANTS = [
         )
         for name in ("encoder_points", "decoder_points")
     ),
+    Mutant(
+        "zero points are accepted by the operation",
+        "pallas_kernels/ms_deform_attn/api.py",
+        "if attention_weights.shape[-1] == 0:",
+        "if False:",
+        "tests/pallas_kernels/ms_deform_attn/test_api.py -k errors",
+    ),
     # The training step.
     Mutant(
         "EMA is off",
