@@ -27,6 +27,9 @@ SMALL = DINOConfig(
     denoising_queries=7,
 )
 FIVE_SCALES = dataclasses.replace(SMALL, num_levels=5, backbone_maps=4)
+DENOISING_ALONE = dataclasses.replace(
+    SMALL, two_stage=False, look_forward_twice=False, shared_heads=False, contrastive=False, box_noise=0.4
+)
 # Objects per image: two groups, the largest number of slots, none in one image, none at all.
 BATCHES = {"3_2": (3, 2), "1_1": (1, 1), "0_4": (0, 4), "0_0": (0, 0)}
 
@@ -60,7 +63,9 @@ def official(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     result = {}
     for path, tensor in tensors.items():
         name = convert.canonical(path.split("."))
-        theirs = key_maps.rename(name.replace("_embed.1.", "_embed.proposals."), rows)[0]
+        if "proposals.output.kernel" in tensors:
+            name = name.replace("_embed.1.", "_embed.proposals.")  # of shared heads, the second is the proposals'
+        theirs = key_maps.rename(name, rows)[0]
         result[theirs] = convert.to_theirs(tensor, name, path.endswith(".kernel"))
     return convert.fused(result)
 
@@ -111,7 +116,8 @@ def _stacked(outputs) -> dict[str, np.ndarray]:
     result = {}
     for name, short in (("pred_logits", "logits"), ("pred_boxes", "boxes")):
         result[short] = np.concatenate([outputs["aux_outputs"][name], outputs[name][None]])
-        result[f"interm_{short}"] = outputs["interm_outputs"][name]
+        if "interm_outputs" in outputs:
+            result[f"interm_{short}"] = outputs["interm_outputs"][name]
         result[f"dn_{short}"] = outputs["dn_outputs"][name]
     return result
 

@@ -160,17 +160,8 @@ def encode(w: Weights, config: DINOConfig, images, padded):
     return x, padding, torch.cat(cells, 1), shapes, ratios
 
 
-def forward(w: Weights, config: DINOConfig, images: np.ndarray, sizes: np.ndarray, dn=None, top=None) -> dict[str, Any]:
-    """`logits`, `boxes` `[layers, b, q, ...]`, those of the proposals and, with `dn` of `denoise`, of its queries.
-
-    `top [b, q]` are the tokens to choose where their scores are too near to one another to rank.
-    """
-    h, width = images.shape[1:3]
-    pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
-    valid = (np.arange(h) < sizes[:, :1])[:, :, None] & (np.arange(width) < sizes[:, 1:])[:, None]
-    memory, padding, cells, shapes, ratios = encode(w, config, pixels, torch.from_numpy(~valid))
-    b, queries = len(images), config.num_queries
-
+def propose(w: Weights, queries: int, memory, padding, cells, top):
+    """Mixed query selection: what goes into the loss, and the logits of the queries' boxes."""
     unusable = padding | ~((cells > 0.01) & (cells < 0.99)).all(-1)
     anchors = torch.log(cells / (1 - cells)).masked_fill(unusable[..., None], math.inf)
     tokens = linear(w, "transformer.enc_output", memory.masked_fill(unusable[..., None], 0))
@@ -184,9 +175,26 @@ def forward(w: Weights, config: DINOConfig, images: np.ndarray, sizes: np.ndarra
         "interm_logits": scores.gather(1, top[..., None].expand(-1, -1, scores.shape[-1])),
         "interm_boxes": chosen.sigmoid(),
     }
+    return result, chosen.detach()
+
+
+def forward(w: Weights, config: DINOConfig, images: np.ndarray, sizes: np.ndarray, dn=None, top=None) -> dict[str, Any]:
+    """`logits`, `boxes` `[layers, b, q, ...]`, `interm_...` of the proposals and, with `dn` of `denoise`, `dn_...`.
+
+    `top [b, q]` are the tokens to choose where their scores are too near to one another to rank.
+    """
+    h, width = images.shape[1:3]
+    pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+    valid = (np.arange(h) < sizes[:, :1])[:, :, None] & (np.arange(width) < sizes[:, 1:])[:, None]
+    memory, padding, cells, shapes, ratios = encode(w, config, pixels, torch.from_numpy(~valid))
+    b, queries = len(images), config.num_queries
+    if config.two_stage:
+        result, logit = propose(w, queries, memory, padding, cells, top)
+    else:
+        result, logit = {}, w["transformer.refpoint_embed.weight"].expand(b, -1, -1)
 
     x = w["transformer.tgt_embed.weight"].expand(b, -1, -1)
-    logit, n = chosen.detach(), 0
+    n = 0
     blocked = torch.zeros(queries, queries, dtype=torch.bool)
     if dn is not None and dn["pad"]:
         n = dn["pad"]
@@ -205,6 +213,7 @@ def forward(w: Weights, config: DINOConfig, images: np.ndarray, sizes: np.ndarra
             blocked[group * size : (group + 1) * size, :n] = others
     reference = logit.sigmoid()
 
+    heads = [0 if config.shared_heads else i for i in range(config.decoder_layers)]
     hidden, references = [], [reference]
     for i in range(config.decoder_layers):
         name = f"transformer.decoder.layers.{i}"
@@ -220,15 +229,15 @@ def forward(w: Weights, config: DINOConfig, images: np.ndarray, sizes: np.ndarra
         )
         x = norm(w, f"{name}.norm1", x + attended)
         x = norm(w, f"{name}.norm3", x + feed_forward(w, name, x))
-        refined = (mlp(w, "bbox_embed.0", x, 3) + inverse_sigmoid(reference)).sigmoid()
-        references.append(refined)
+        refined = (mlp(w, f"bbox_embed.{heads[i]}", x, 3) + inverse_sigmoid(reference)).sigmoid()
+        references.append(refined if config.look_forward_twice else refined.detach())
         reference = refined.detach()
         hidden.append(norm(w, "transformer.decoder.norm", x))
-    logits = torch.stack([linear(w, "class_embed.0", x) for x in hidden])
+    logits = torch.stack([linear(w, f"class_embed.{head}", x) for head, x in zip(heads, hidden, strict=True)])
     boxes = torch.stack(
         [
-            (mlp(w, "bbox_embed.0", x, 3) + inverse_sigmoid(ref)).sigmoid()
-            for x, ref in zip(hidden, references[:-1], strict=True)
+            (mlp(w, f"bbox_embed.{head}", x, 3) + inverse_sigmoid(ref)).sigmoid()
+            for head, x, ref in zip(heads, hidden, references[:-1], strict=True)
         ]
     )
     if n:
@@ -243,12 +252,13 @@ def denoise(targets, noise: Mapping[str, np.ndarray], config: DINOConfig) -> dic
     """
     most = max(len(labels) for labels, _ in targets)
     groups = max(2 * config.denoising_queries // (2 * most), 1) if most else 1
-    found: dict[str, Any] = {"groups": groups, "pad": 2 * groups * most, "queries": [], "pairs": []}
+    sides = (0, 1) if config.contrastive else (0,)
+    found: dict[str, Any] = {"groups": groups, "pad": len(sides) * groups * most, "queries": [], "pairs": []}
     for image, (labels, boxes) in enumerate(targets):
         for group in range(groups):
-            for negative in (0, 1):
+            for negative in sides:
                 for t, (label, (x, y, w, h)) in enumerate(zip(labels.tolist(), boxes.tolist(), strict=True)):
-                    slot = group * 2 * most + negative * most + t
+                    slot = (group * len(sides) + negative) * most + t
                     random = {name: x[image, slot] for name, x in noise.items()}
                     if random["relabel"] < config.label_noise * 0.5:
                         label = int(random["labels"])
@@ -314,7 +324,8 @@ def loss(outputs: Mapping[str, torch.Tensor], targets, dn, config: LossConfig):
     layers = [
         ("" if i == last else f"_{i}", outputs["logits"][i], outputs["boxes"][i], None, count) for i in range(last + 1)
     ]
-    layers.append(("_interm", outputs["interm_logits"], outputs["interm_boxes"], None, count))
+    if "interm_logits" in outputs:
+        layers.append(("_interm", outputs["interm_logits"], outputs["interm_boxes"], None, count))
     for i in range(last + 1) if "dn_logits" in outputs else ():
         suffix = "_dn" if i == last else f"_dn_{i}"
         layers.append((suffix, outputs["dn_logits"][i], outputs["dn_boxes"][i], dn["pairs"], count * dn["groups"]))

@@ -58,6 +58,15 @@ def test_five_scales_agree_with_pytorch(noise):
 
 
 @pytest.mark.parity
+def test_denoising_alone_agrees_with_pytorch():
+    """Learned boxes, heads of each layer, detached boxes, positives only: DN-Deformable-DETR's parts."""
+    targets, config = dino_cases.targets((3, 2)), dino_cases.DENOISING_ALONE
+    noise = dino_cases.noise(num_slots(config, 4))
+    ours = dino_cases.our_step(config, SIZE)(targets, noise)
+    dino_cases.assert_agree(ours, dino_cases.torch_step(config, SIZE, targets, noise))
+
+
+@pytest.mark.parity
 def test_the_published_size_agrees_with_pytorch():
     config, size = DINOConfig.r50_4scale(), (256, 333)
     targets = dino_cases.targets((3, 4))
