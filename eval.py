@@ -1,13 +1,13 @@
 """Score a checkpoint: `python eval.py --checkpoint DIR [--data.root FOLDER] [--results FILE] [--tta] ...`."""
 
-from detr_jax import cli, sharding
+from detr_jax import cli, processes
 from detr_jax.evaluation import evaluate_checkpoint
 from detr_jax.tta import TTAConfig
 
 
 def main(argv: list[str]) -> None:
     options = cli.parse_eval(argv)
-    sharding.start_processes()
+    processes.start()
     evaluate_checkpoint(
         options.checkpoint,
         options.data,

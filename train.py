@@ -1,12 +1,12 @@
 """Train a detector: `python train.py --config configs/CONFIG.py --data.root FOLDER [--section.field value ...]`."""
 
-from detr_jax import cli, sharding
+from detr_jax import cli, processes
 from detr_jax.training import train
 
 
 def main(argv: list[str]) -> None:
     config = cli.parse_train(argv)
-    sharding.start_processes()
+    processes.start()
     train(config)
 
 

@@ -8,10 +8,10 @@ import dataclasses
 import importlib.util
 import sys
 import traceback
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
@@ -19,6 +19,9 @@ from detr_jax.config import Config, DataConfig, from_dict
 from detr_jax.errors import NotFoundError, UserError
 from detr_jax.tta import TTAConfig
 from detr_jax.visualize import command as figures
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def load_config(path: str) -> Config:
@@ -159,22 +162,40 @@ def predict(
     """
     from tqdm import tqdm
 
+    from detr_jax.data.image import open_image
     from detr_jax.detector import Detector
     from detr_jax.postprocess import write_results
 
-    paths = _find_images(images)
+    paths, folder = _find_images(images), Path(out)
+    if inside := [path for path in paths if path.resolve().parent == folder.resolve()]:
+        raise UserError(f"--out {out}: {inside[0]} is in it, and pictures could replace images: choose another folder")
     detector = Detector.from_pretrained(
         checkpoint, batch_size=batch_size, scale=scale, max_size=max_size, dilation=dilation
     )
-    folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    results = []
-    found = tqdm(detector.detect(paths, threshold), "detecting", len(paths), unit=" images")
-    for path, detections in zip(paths, found, strict=True):
-        detections.draw().save(folder / f"{path.stem}.jpg", quality=92)
-        results += detections.as_results(path.name)
-    write_results(folder / "results.json", results)
-    print(f"{len(paths)} images, {len(results)} detections of at least {threshold:g}: {folder}, {folder}/results.json")
+    read, failed, results = deque(), [], []
+
+    def readable() -> "Iterator[Image.Image]":
+        for path in tqdm(paths, "detecting", unit=" images"):
+            try:
+                image = open_image(path)
+            except (ValueError, OSError) as error:
+                failed.append(f"  {error}")
+                continue
+            read.append(path)
+            yield image
+
+    try:
+        for detections in detector.detect(readable(), threshold):
+            path = read.popleft()
+            detections.draw().save(folder / f"{path.stem}.jpg", quality=92)
+            results += detections.as_results(path.name)
+    finally:
+        write_results(folder / "results.json", results)
+    done = f"{len(paths) - len(failed)} images, {len(results)} detections of at least {threshold:g}"
+    print(f"{done}: {folder}, {folder}/results.json")
+    if failed:
+        raise UserError("\n".join([f"{len(failed)} of {len(paths)} images could not be read:", *failed]))
 
 
 def _find_images(given: Sequence[str]) -> list[Path]:

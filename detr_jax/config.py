@@ -485,6 +485,16 @@ class TrainConfig:
     """Best checkpoints, by validation AP, that are kept too."""
     max_steps: int | None = None
     """Stop after this many steps as if interrupted, for trying things out; the schedule still follows `epochs`."""
+    patience: int | None = None
+    """Stop after this many evaluations in a row without a better AP; `None` trains to the end."""
+    resume_from: int | None = None
+    """Go back to the checkpoint of this step; newer ones are renamed. `None` goes on from the newest."""
+    compilation_cache: str | None = None
+    """Folder of compiled programs, for the next start; `None` is `compilation_cache` in `output_dir`."""
+    profile_steps: str | None = None
+    """Trace these steps, such as `10:15` (without the last one), into `output_dir/profile`."""
+    storage_timeout: float = 300.0
+    """Seconds without an answer from storage (images, checkpoints) that end the run; a warning comes after a fifth."""
 
 
 @dataclasses.dataclass(frozen=True)

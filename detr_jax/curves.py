@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from etils import epath
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -19,7 +19,7 @@ _CURVES = (
 
 
 def plot_curves(
-    runs: str | Path | Mapping[str, str | Path],
+    runs: epath.PathLike | Mapping[str, epath.PathLike],
     *,
     x: Literal["step", "epoch", "hours"] = "step",
     curves: Sequence[str] = _CURVES,

@@ -6,18 +6,18 @@ import io
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils.epath import Path
 from flax import nnx
 from jax.experimental import multihost_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
-from detr_jax import sharding
+from detr_jax import processes, sharding
 from detr_jax.checkpoints import store
 from detr_jax.checkpoints.load import restore_model
 from detr_jax.config import Config, DataConfig, from_dict
@@ -38,7 +38,8 @@ Predict = Callable[[tuple[int, int], dict[str, np.ndarray]], Detections]
 """`predict(bucket, batch)`: the detections of this host's rows of a batch."""
 
 _NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-_TARGETS = ("image_id", "boxes_cxcywh", "labels", "num_boxes")  # what detecting does not need of a batch
+TARGETS = ("image_id", "boxes_cxcywh", "labels", "num_boxes")
+"""What detecting does not need of a batch."""
 _ROWS = (
     ("Average Precision", "AP", "0.50:0.95", "all", 100),
     ("Average Precision", "AP", "0.50", "all", 100),
@@ -89,6 +90,12 @@ class Scores:
     def as_dict(self) -> dict[str, float]:
         """The twelve numbers by name, and `AP/<class>` for each class."""
         return {name: getattr(self, name) for name in _NAMES} | {f"AP/{k}": ap for k, ap in self.per_class.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, float]) -> "Scores":
+        """The `Scores` that `as_dict` was called on."""
+        per_class = {name.removeprefix("AP/"): value for name, value in values.items() if name.startswith("AP/")}
+        return cls(**{name: values[name] for name in _NAMES}, per_class=per_class)
 
     def table(self) -> str:
         """The COCO table, as pycocotools prints it, and the AP of each class."""
@@ -162,6 +169,9 @@ def evaluate_model(
     sampler: EvalSampler,
     data: DataConfig,
     mesh: jax.sharding.Mesh,
+    *,
+    storage_timeout: float = 300.0,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> tuple[Scores, list[dict[str, Any]]]:
     """Scores a model on the images of a sampler. Call it under `jax.set_mesh(mesh)`.
 
@@ -172,10 +182,18 @@ def evaluate_model(
         sampler: the images.
         data: how they are read.
         mesh: the devices.
+        storage_timeout: seconds that storage may take for a batch.
+        interrupted: asked before each batch.
+
+    Raises:
+        Interrupted: `interrupted()` became true in one of the processes.
+        FailedTogether: a process could not read its images.
     """
-    found = detect_on(detect, params, buffers, sampler, data, mesh)
+    found = detect_on(
+        detect, params, buffers, sampler, data, mesh, storage_timeout=storage_timeout, interrupted=interrupted
+    )
     results = as_results(found, sampler.index)
-    return score(sampler.index.ground_truth(), results), results
+    return score_images(sampler.index, results), results
 
 
 def detect_on(
@@ -185,15 +203,24 @@ def detect_on(
     sampler: EvalSampler,
     data: DataConfig,
     mesh: jax.sharding.Mesh,
+    *,
+    storage_timeout: float = 300.0,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> Detections:
     """A model's detections on the images of a sampler, as `collect` gives them; arguments as `evaluate_model`."""
 
     def predict(bucket, batch):
-        arrays = {name: rows for name, rows in batch.items() if name not in _TARGETS}
+        arrays = {name: rows for name, rows in batch.items() if name not in TARGETS}
         return detect(params, buffers, sharding.put_batch(arrays, mesh), bucket=bucket)
 
     rows = sharding.host_rows(sampler.batch_size, mesh)
-    feed = batches(sampler.index, sampler, range(len(sampler)), rows=rows, data_config=data)
+    reading: set[str] = set()
+    feed = processes.in_step(
+        batches(sampler.index, sampler, range(len(sampler)), rows=rows, data_config=data, reading=reading),
+        what=lambda: ", ".join(sorted(reading)[:5]) or "images",
+        limit=storage_timeout,
+        interrupted=interrupted,
+    )
     with contextlib.closing(feed):
         return collect(predict, feed, sampler.index, num_batches=len(sampler))
 
@@ -275,15 +302,15 @@ def evaluate_checkpoint(
     if not index.annotated and not results:
         raise ValueError(f"{index.report[0]}, no annotations to score with: pass --results FILE for the detections")
     mesh = sharding.make_mesh()
-    graphdef, params, buffers = restore_model(directory, step, config, mesh)
-    with jax.set_mesh(mesh):
+    model = restore_model(directory, step, config, mesh)
+    with jax.set_mesh(mesh), processes.plain_errors():
         if tta is None:
             sampler = EvalSampler(index, data, batch_size)
-            detect = make_detect_step(config, graphdef, sampler)
-            detections = as_results(detect_on(detect, params, buffers, sampler, data, mesh), index)
+            detect = make_detect_step(config, model[0], sampler)
+            detections = as_results(detect_on(detect, *model[1:], sampler, data, mesh), index)
         else:
-            detections = detect_views(config, (graphdef, params, buffers), index, tta, batch_size, mesh)
-    scores = score(index.ground_truth(), detections) if index.annotated else None
+            detections = detect_views(config, model, index, tta, batch_size, mesh)
+    scores = score_images(index, detections) if index.annotated else None
     if jax.process_index() == 0:
         views = [] if tta is None else [f"test-time augmentation: {len(tta.views)} views, scales {tta.scales}"]
         table = [scores.table()] if scores else []
@@ -310,7 +337,7 @@ def evaluate(
         The scores, and the COCO results of all images, ordered as in the index.
     """
     results = as_results(collect(predict, feed, index, num_batches=num_batches), index)
-    return score(index.ground_truth(), results), results
+    return score_images(index, results), results
 
 
 def as_results(detections: Detections, index: DatasetIndex) -> list[dict[str, Any]]:
@@ -335,7 +362,7 @@ def collect(
         num_batches: for the progress line, which process 0 shows.
 
     Returns:
-        The detections, an image of the index after the other.
+        The detections, an image of the index after the other; zeros for one that was skipped, see `index.skipped`.
 
     Raises:
         ValueError: an image was covered twice or not at all; names the first.
@@ -367,14 +394,37 @@ def collect(
         multihost_utils.process_allgather(np.concatenate(column), tiled=True) for column in zip(*done, strict=True)
     )
     covered = np.bincount(rows[rows >= 0], minlength=len(index))
-    if (covered != 1).any():
-        i = int(np.argmax(covered != 1))
+    skipped = np.isin(np.arange(len(index)), list(index.skipped))  # by this process
+    skipped = multihost_utils.process_allgather(skipped[None], tiled=True).any(0)
+    if (wrong := (covered != 1) & ~skipped).any():
+        i = int(np.argmax(wrong))
         raise ValueError(
-            f"{(covered != 1).sum()} of {len(index)} images were not covered exactly once: "
+            f"{wrong.sum()} of {len(index)} images were not covered exactly once: "
             f"{index.name(i)} (id {index.image_ids[i]}) was covered {covered[i]} times"
         )
-    order = np.argsort(rows, kind="stable")[-len(index) :]
-    return scores[order], labels[order], boxes_xyxy[order]
+    for i in np.flatnonzero(skipped).tolist():
+        index.skipped.setdefault(i, f"{index.name(i)}: skipped by another process")
+    real = rows >= 0
+
+    def by_image(column: np.ndarray) -> np.ndarray:
+        ordered = np.zeros([len(index), *column.shape[1:]], column.dtype)
+        ordered[rows[real]] = column[real]
+        return ordered
+
+    return by_image(scores), by_image(labels), by_image(boxes_xyxy)
+
+
+def score_images(index: DatasetIndex, results: Sequence[Mapping[str, Any]]) -> Scores:
+    """Scores the COCO results of an index, except for images that could not be read and were skipped."""
+    truth = index.ground_truth()
+    if index.skipped:
+        left_out = {int(index.image_ids[i]) for i in index.skipped}
+        truth["images"] = [image for image in truth["images"] if image["id"] not in left_out]
+        truth["annotations"] = [one for one in truth["annotations"] if one["image_id"] not in left_out]
+        results = [result for result in results if result["image_id"] not in left_out]
+        if jax.process_index() == 0:
+            print(f"{len(left_out)} of {len(index)} images cannot be read and are not scored", flush=True)
+    return score(truth, results)
 
 
 def write_pictures(folder: str, index: DatasetIndex, results: Sequence[Mapping[str, Any]], number: int) -> int:
@@ -396,7 +446,8 @@ def write_pictures(folder: str, index: DatasetIndex, results: Sequence[Mapping[s
             index.category_names,
             threshold=0.3,
         )
-        picture.save(Path(folder) / f"{index.image_ids[i]}.jpg", quality=90)
+        with (Path(folder) / f"{index.image_ids[i]}.jpg").open("wb") as file:
+            picture.save(file, "JPEG", quality=90)
     return number
 
 

@@ -3,14 +3,22 @@
 import contextlib
 import json
 import math
+import socket
+import struct
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import jax
-from tensorboardX import SummaryWriter
+from etils import epath
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import masked_crc32c
+from tensorboardX.summary import scalar
+
+_Event: Any = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]
+_SessionLog: Any = event_pb2.SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+_UPLOAD_SECONDS = 30  # between two uploads of a file that grows in a bucket
 
 from detr_jax.errors import UserError
 
@@ -29,37 +37,45 @@ class MetricWriter:
     Throughput and ETA count from the first finished step on, so without its compilation, and without what is `paused`.
 
     Args:
-        output_dir: created if need be.
+        output_dir: created if need be; also in a bucket (`gs://...`).
         total_steps: of the whole run.
         steps_per_epoch: for the epoch shown.
         start_step: finished steps of the checkpoint that the run resumes from. What a killed run reported beyond it is
-            dropped, so that every step has one line.
+            dropped, so that every step has one line; its scores are dropped too, and reported again.
+        interval: of the checkpoint that the run resumes from; see `interval`.
         shown: the terms that the console shows, in this order.
     """
 
     def __init__(
         self,
-        output_dir: str,
+        output_dir: str | epath.Path,
         total_steps: int,
         *,
         steps_per_epoch: int,
         start_step: int = 0,
+        interval: Mapping[str, Sequence[float]] | None = None,
         shown: Sequence[str] = ("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "grad_norm"),
     ):
         self._total_steps = total_steps
         self._steps_per_epoch = steps_per_epoch
         self._shown = shown
         self._terms: defaultdict[str, list[float]] = defaultdict(list)
+        for name, values in (interval or {}).items():
+            self._terms[name] += values
         self._throughput = _Throughput()
         self._file = self._tensorboard = None
         past_hours = 0.0
         if jax.process_index() == 0:
-            path = Path(output_dir) / "metrics.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            past_hours = _drop_after(path, start_step)
-            self._file = path.open("a", encoding="utf-8")
-            # `purge_step` hides what an earlier writer reported from that step on.
-            self._tensorboard = SummaryWriter(str(path.parent / "tensorboard"), purge_step=start_step + 1)
+            folder = epath.Path(output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            kept, past_hours = _keep_until(folder / "metrics.jsonl", start_step)
+            self._file = _GrowingFile(folder / "metrics.jsonl", kept)
+            (folder / "tensorboard").mkdir(exist_ok=True)
+            name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
+            self._tensorboard = _GrowingFile(folder / "tensorboard" / name, b"")
+            self._write_event(_Event(file_version="brain.Event:2"))
+            # What an earlier writer reported from this step on is hidden.
+            self._write_event(_Event(step=start_step + 1, session_log=_SessionLog(status=_SessionLog.START)))
         self._start = time.perf_counter() - 3600 * past_hours
 
     def add(self, step: int, terms: Mapping[str, float], *, images: int) -> None:
@@ -115,8 +131,18 @@ class MetricWriter:
         self._record(step, "val", values)
         self._print(step, [f"{name} {values[name]:.3f}" for name in shown if name in values])
 
+    def interval(self) -> dict[str, list[float]]:
+        """The terms since the last `write`: saved with a checkpoint, they make the next line whole after a restart."""
+        return {name: list(values) for name, values in self._terms.items()}
+
+    def flush(self) -> None:
+        """Uploads what is not in the bucket yet; on a local disk everything is there at once."""
+        if self._file is not None and self._tensorboard is not None:
+            self._file.flush()
+            self._tensorboard.flush()
+
     def close(self) -> None:
-        """Flushes and closes the files."""
+        """Closes the files."""
         if self._file is not None and self._tensorboard is not None:
             self._file.close()
             self._tensorboard.close()
@@ -134,7 +160,7 @@ class MetricWriter:
             print("  ".join([head, *parts]), flush=True)
 
     def _record(self, step: int, kind: str, scalars: Mapping[str, float]) -> None:
-        if self._file is None or self._tensorboard is None:
+        if self._file is None:
             return
         hours = (time.perf_counter() - self._start) / 3600
         record: dict[str, Any] = {
@@ -146,19 +172,66 @@ class MetricWriter:
             finite = math.isfinite(value)
             record[f"{kind}/{name}"] = value if finite else None
             if finite:
-                self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+                self._write_event(_Event(step=step, summary=scalar(f"{kind}/{name}", value)))
+        self._file.write(json.dumps(record).encode() + b"\n")
+
+    def _write_event(self, event: Any) -> None:
+        """Writes at once, in TensorBoard's format. (tensorboardX's own writer waits for ever when the disk is full.)"""
+        event.wall_time = time.time()
+        data = event.SerializeToString()
+        length = struct.pack("<Q", len(data))
+        crcs = (struct.pack("<I", masked_crc32c(part)) for part in (length, data))
+        if self._tensorboard is not None:
+            self._tensorboard.write(length + next(crcs) + data + next(crcs))
 
 
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+class _GrowingFile:
+    """A file that is appended to. Objects in a bucket cannot grow: there it is written anew, at most every 30 s."""
+
+    def __init__(self, path: epath.Path, content: bytes):
+        self._path, self._local = path, None
+        self._content, self._uploaded = bytearray(), 0.0
+        if "://" in str(path):
+            self.write(content)
+        else:
+            temporary = path.with_name(f"{path.name}.tmp")
+            self._local = open(temporary, "wb", buffering=0)  # noqa: SIM115
+            self.write(content)
+            temporary.replace(path)  # killed before this, a run still has the file as it was
+
+    def write(self, data: bytes) -> None:
+        """Appends.
+
+        Raises:
+            OSError: the disk is full, say.
+        """
+        if self._local is None:
+            self._content += data
+            if time.monotonic() > self._uploaded + _UPLOAD_SECONDS:
+                self.flush()
+            return
+        while data:
+            data = data[self._local.write(data) :]
+
+    def flush(self) -> None:
+        if self._local is None:
+            self._path.write_bytes(bytes(self._content))
+            self._uploaded = time.monotonic()
+
+    def close(self) -> None:
+        self.flush()
+        if self._local is not None:
+            self._local.close()
+
+
+def read_metrics(path: str | epath.PathLike) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl`, in the order written. A half-written last line (a killed run) is left out.
 
     Raises:
         ValueError: a line that is not JSON; names the file and the line.
     """
     records = []
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = epath.Path(path).read_text().splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
         try:
             records.append(json.loads(line))
@@ -212,12 +285,14 @@ class _Throughput:
         self.waited = self.paused = 0.0
 
 
-def _drop_after(path: Path, step: int) -> float:
-    """Removes the lines beyond `step`, in one atomic replacement; returns the hours of the last line that stays."""
+def _keep_until(path: epath.Path, step: int) -> tuple[bytes, float]:
+    """The lines up to `step`, without its scores, and the hours of the last one."""
     if not path.exists():
-        return 0.0
-    kept = [record for record in read_metrics(path) if record["step"] <= step]
-    temporary = path.with_suffix(".jsonl.tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    temporary.replace(path)
-    return kept[-1]["hours"] if kept else 0.0
+        return b"", 0.0
+    records = read_metrics(path)
+    kept = [record for record in records if record["step"] < step or (record["step"] == step and not _is_score(record))]
+    return "".join(json.dumps(record) + "\n" for record in kept).encode(), kept[-1]["hours"] if kept else 0.0
+
+
+def _is_score(record: Mapping[str, Any]) -> bool:
+    return any(name.startswith("val/") for name in record)

@@ -3,12 +3,12 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils.epath import Path
 
 from detr_jax.boxes import cxcywh_to_xyxy, xyxy_to_xywh
 
@@ -75,4 +75,4 @@ def coco_results(
 
 def write_results(path: str | os.PathLike[str], results: Sequence[Mapping[str, Any]]) -> None:
     """Writes COCO results as JSON, which `pycocotools.coco.COCO.loadRes` reads."""
-    Path(path).write_text(json.dumps(list(results)), encoding="utf-8")
+    Path(path).write_text(json.dumps(list(results)))

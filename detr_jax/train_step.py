@@ -70,6 +70,18 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTrans
     )
 
 
+def abstract_state(
+    config: Config, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> tuple[Model, State]:
+    """The model, and the shapes and layout of a state: what a checkpoint is restored into; nothing is computed."""
+    graphdef, init = _initializer(config, optimizer)
+    state = jax.eval_shape(init)
+    if config.optim.ema_decay:
+        state["ema"] = state["params"]
+    layout = sharding.replicated(mesh)
+    return graphdef(), jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), state)
+
+
 def init_state(
     config: Config,
     optimizer: optax.GradientTransformation,
@@ -80,16 +92,8 @@ def init_state(
 
     With `categories`, those of the data, it starts from the checkpoint of `train.init_from`, if any.
     """
-    graphdef = None
-
-    def init():
-        nonlocal graphdef
-        model = build(config.model, rngs=nnx.Rngs(config.train.seed))
-        graphdef, params, buffers = split(config.model, model)
-        return {"params": params, "buffers": buffers, "opt_state": optimizer.init(params), "step": jnp.zeros((), int)}
-
+    graphdef, init = _initializer(config, optimizer)
     state = jax.jit(init, out_shardings=sharding.replicated(mesh))()
-    assert graphdef is not None
     if config.train.init_backbone:
         state["params"], state["buffers"] = load_backbone(
             config.train.init_backbone, config.model.backbone, state["params"], state["buffers"]
@@ -102,7 +106,26 @@ def init_state(
             print(report, flush=True)
     if config.optim.ema_decay:
         state["ema"] = jax.tree.map(jnp.copy, state["params"])
-    return graphdef, state
+    return graphdef(), state
+
+
+def _initializer(
+    config: Config, optimizer: optax.GradientTransformation
+) -> tuple[Callable[[], Model], Callable[[], State]]:
+    """A function that builds a state, and one that returns its model once the first one was traced."""
+    graphdef = None
+
+    def init():
+        nonlocal graphdef
+        model = build(config.model, rngs=nnx.Rngs(config.train.seed))
+        graphdef, params, buffers = split(config.model, model)
+        return {"params": params, "buffers": buffers, "opt_state": optimizer.init(params), "step": jnp.zeros((), int)}
+
+    def model() -> Model:
+        assert graphdef is not None
+        return graphdef
+
+    return model, init
 
 
 def loss_fn(

@@ -1,20 +1,21 @@
-"""The training loop: resumes, logs, scores, saves, and ends in order when it is interrupted."""
+"""The training loop: resumes, logs, saves, scores, and ends in order, also when something interrupts it or fails."""
 
 import dataclasses
-import signal
+import functools
+import json
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import closing, contextmanager
-from pathlib import Path
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 
-from detr_jax import sharding
+from detr_jax import compilation, processes, resuming, run_folder, sharding
 from detr_jax.categories import Categories
 from detr_jax.checkpoints import describe_run, store
 from detr_jax.config import Config
@@ -24,11 +25,14 @@ from detr_jax.data.pipeline import batches
 from detr_jax.data.sampler import EvalSampler, TrainSampler
 from detr_jax.data.splits import load_split
 from detr_jax.errors import UserError
-from detr_jax.evaluation import Scores, evaluate_model
+from detr_jax.evaluation import TARGETS, Scores, evaluate_model
+from detr_jax.interruption import interruption
 from detr_jax.metric_writer import MetricWriter
+from detr_jax.stall import Interrupted
 from detr_jax.train_step import (
     Model,
     State,
+    abstract_state,
     init_state,
     make_detect_step,
     make_optimizer,
@@ -55,14 +59,19 @@ class Run:
     optimizer: optax.GradientTransformation
 
     @property
-    def output_dir(self) -> Path:
-        """Of checkpoints, logs and pictures."""
-        return Path(self.config.train.output_dir)
+    def output_dir(self) -> epath.Path:
+        """Of checkpoints, logs and pictures; may be in a bucket."""
+        return epath.Path(self.config.train.output_dir)
 
     @property
     def categories(self) -> Categories:
         """What the labels stand for."""
         return Categories(self.train_index.category_ids, self.train_index.category_names)
+
+    @functools.cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """What the data sets hold, except pixels: equal for equal data sets."""
+        return {"train": self.train_index.fingerprint(), "val": self.val_index.fingerprint()}
 
     @property
     def total_steps(self) -> int:
@@ -92,75 +101,117 @@ class Run:
 def train(config: Config) -> Scores | None:
     """Trains to the end, or until SIGTERM or Ctrl-C; resumes from the newest checkpoint in `train.output_dir`.
 
+    Whatever ends a run after good steps, they are saved: an interruption, bad data, a failing evaluation. Only a loss
+    that is not finite is not.
+
     Returns:
         The scores of the last evaluation; `None` if the run was interrupted before it was finished.
 
     Raises:
         DataError: something is wrong with the data set; says what, where, and what to do.
         NonFiniteLossError: with the step, the loss terms and the image ids; no checkpoint is written.
-        ValueError: `train.output_dir` has a checkpoint of other classes, or `train.init_from` is another model.
+        UserError: `train.output_dir` is in use or has checkpoints of other data; `train.init_from` is another model.
+        OSError: a file cannot be read or written: the disk is full, say.
+        ProcessError: another process failed, or has another config, other data or another folder.
     """
-    run = prepare(config)
-    config, mesh, metadata = run.config, run.mesh, describe_run(run.config, run.categories)
-    with jax.set_mesh(mesh), interruption() as interrupted:
-        start, graphdef, state = start_or_resume(run, metadata)
-        if jax.process_index() == 0:
-            print(summary(run, state, start), flush=True)
-        train_step = make_train_step(config, graphdef, run.optimizer, run.sampler)
-        detect = make_detect_step(config, graphdef, run.eval_sampler)
-        learning_rate = schedule(config.optim, run.total_steps)
-        compiled, scores = set(), None
-        with (
-            store.CheckpointWriter(
-                str(run.output_dir / "checkpoints"), keep_last=config.train.keep_last, keep_best=config.train.keep_best
-            ) as writer,
-            MetricWriter(
-                str(run.output_dir), run.total_steps, steps_per_epoch=len(run.sampler), start_step=start
-            ) as metrics,
-            closing(read_batches(run, start)) as feed,
-        ):
-            running = RunningSteps(run, metrics)
-            for step in range(start, run.last_step):
+    output_dir = epath.Path(config.train.output_dir)
+    profile = parse_profile_steps(config.train.profile_steps)
+    cache = epath.Path(config.train.compilation_cache or output_dir / "compilation_cache")
+    with processes.all_or_none():
+        run = prepare(config)
+    with interruption() as interrupted, jax.set_mesh(run.mesh), lock(run), compilation.cache(cache):
+        try:
+            scores = train_steps(run, profile, interrupted)
+        except Interrupted:
+            return None
+    if jax.process_index() == 0:
+        figure = plot_curves(output_dir / "metrics.jsonl")
+        with (output_dir / "curves.png").open("wb") as file:
+            figure.savefig(file, format="png")
+        if scores:
+            print(scores.table())
+        print(f"curves {output_dir / 'curves.png'}, checkpoints {output_dir / 'checkpoints'}", flush=True)
+    return scores
+
+
+def train_steps(run: Run, profile: range, interrupted: Callable[[], bool]) -> Scores | None:
+    """The steps of a run that are still to do, after which it is evaluated and saved. Call it under the run's mesh.
+
+    Raises:
+        Interrupted: the run was interrupted, and saved.
+        Others: as `train`.
+    """
+    config, metadata = run.config, describe_run(run.config, run.categories) | {"data": run.fingerprints}
+    start, saved, graphdef, state = start_or_resume(run, metadata)
+    done = start
+    if jax.process_index() == 0:
+        print(summary(run, state, done), flush=True)
+    train_step, detect = compile_steps(run, graphdef, state, done, interrupted)
+    learning_rate = schedule(config.optim, run.total_steps)
+    aps = {int(step): ap for step, ap in saved.get("aps", {}).items()}
+    scores = Scores.from_dict(saved["scores"]) if saved.get("scores") else None
+    with (
+        store.CheckpointWriter(
+            str(run.output_dir / "checkpoints"),
+            keep_last=config.train.keep_last,
+            keep_best=config.train.keep_best,
+            timeout=config.train.storage_timeout,
+        ) as writer,
+        MetricWriter(
+            run.output_dir,
+            run.total_steps,
+            steps_per_epoch=len(run.sampler),
+            start_step=done,
+            interval=saved.get("interval"),
+        ) as metrics,
+        closing(read_batches(run, done, interrupted)) as feed,
+    ):
+        running = RunningSteps(run, metrics)
+
+        def save() -> None:
+            running.check(keep=0)
+            metrics.flush()  # a checkpoint is never ahead of the metrics
+            if done > start:  # else there is nothing new
+                writer.save(done, state, {**metadata, "interval": metrics.interval(), "aps": aps})
+
+        def evaluate(scores: Scores | None = None) -> Scores:
+            if scores is None:
+                with metrics.paused():
+                    params = state.get("ema", state["params"])
+                    scores, _ = evaluate_model(
+                        detect,
+                        params,
+                        state["buffers"],
+                        run.eval_sampler,
+                        config.data,
+                        run.mesh,
+                        storage_timeout=config.train.storage_timeout,
+                        interrupted=interrupted,
+                    )
+                writer.score(done, scores.as_dict())
+            aps[done] = scores.AP
+            metrics.write_scores(done, scores)
+            return scores
+
+        with ending(save, done=lambda: done):
+            if done and run.is_eval_step(done):  # it may have been stopped between being saved and being scored
+                scores = evaluate(scores)
+            while done < run.last_step and not out_of_patience(aps, config.train.patience):
                 begin = time.perf_counter()
                 bucket, batch = next(feed)
                 metrics.waited(time.perf_counter() - begin)
-                batch = sharding.put_batch(batch, mesh)
-                if bucket in compiled:
+                with tracing(done, profile, run.output_dir), jax.transfer_guard("disallow"):
                     state, terms = train_step(state, batch, bucket=bucket)
-                else:
-                    compiled.add(bucket)
-                    with metrics.paused():
-                        state, terms = jax.block_until_ready(train_step(state, batch, bucket=bucket))
-                running.add(step, terms)
-
-                done = step + 1
-                log, score = run.is_log_step(done), run.is_eval_step(done)
-                # All processes must agree on it, which takes a collective: with several, ask only now and then.
-                leave = (jax.process_count() == 1 or log) and sharding.any_process(bool(interrupted))
-                save = run.is_save_step(done) or leave
-                if log or save:
+                running.add(done, terms)
+                done += 1
+                if run.is_log_step(done):
                     running.check(keep=0)
-                if log:
-                    metrics.write(done, lr=float(config.optim.lr * jnp.asarray(learning_rate(step))))
-                if score:
-                    with metrics.paused():
-                        params = state.get("ema", state["params"])
-                        scores, _ = evaluate_model(
-                            detect, params, state["buffers"], run.eval_sampler, config.data, mesh
-                        )
-                    metrics.write_scores(done, scores)
-                if save:
-                    writer.save(done, state, metadata, ap=scores.AP if score and scores else None)
-                if leave:
-                    if jax.process_index() == 0:
-                        print(f"stopped at step {done} and saved; the same command goes on from here", flush=True)
-                    return None
-        if jax.process_index() == 0:
-            plot_curves(run.output_dir / "metrics.jsonl").savefig(run.output_dir / "curves.png")
-            if scores:
-                print(scores.table())
-            print(f"curves {run.output_dir / 'curves.png'}, checkpoints {run.output_dir / 'checkpoints'}", flush=True)
-        return scores
+                    metrics.write(done, lr=float(config.optim.lr * jnp.asarray(learning_rate(done - 1))))
+                if run.is_save_step(done):
+                    save()
+                if run.is_eval_step(done):
+                    scores = evaluate()
+    return scores
 
 
 def prepare(config: Config) -> Run:
@@ -168,7 +219,7 @@ def prepare(config: Config) -> Run:
 
     Raises:
         DataError: something is wrong with the data set.
-        ValueError: the batch does not divide over the devices.
+        UserError: the batch does not divide over the devices.
     """
     mesh = sharding.make_mesh()
     sharding.host_rows(config.train.batch_size, mesh)  # raises before the data is read
@@ -181,25 +232,163 @@ def prepare(config: Config) -> Run:
     return Run(config, mesh, train_index, val_index, sampler, eval_sampler, optimizer)
 
 
-def start_or_resume(run: Run, metadata: Mapping[str, Any]) -> tuple[int, Model, State]:
-    """Finished steps, model and state: of the newest checkpoint in `train.output_dir`, else newly initialized."""
-    start = store.latest_step(str(run.output_dir)) or 0
-    if start:
-        check_resumable(run.output_dir, metadata)
-    graphdef, state = init_state(run.config, run.optimizer, run.mesh, None if start else run.categories)
-    if start:
-        state = store.restore(str(run.output_dir), state)
-    return start, graphdef, state
+@contextmanager
+def lock(run: Run) -> Iterator[None]:
+    """Makes this run the only one that writes to its folder, once all processes agree on what they are to do."""
+    facts = resuming.flat(dataclasses.asdict(run.config)) | run.fingerprints
+    processes.agree({name: json.dumps(value) for name, value in facts.items()})
+    with ExitStack() as held:
+        with processes.all_or_none():
+            if jax.process_index() == 0:
+                held.enter_context(run_folder.lock(run.output_dir))
+                token = run_folder.leave_token(run.output_dir)
+            else:
+                token = ""
+        token = processes.share(token)[0]
+        with processes.all_or_none():
+            run_folder.check_token(run.output_dir, token)
+        yield
 
 
-def read_batches(run: Run, start: int) -> Generator[tuple[tuple[int, int], dict[str, np.ndarray]], None, None]:
-    """This process's rows of the batches of all steps from `start` on, with the bucket of each."""
+def start_or_resume(run: Run, metadata: Mapping[str, Any]) -> tuple[int, dict[str, Any], Model, State]:
+    """Finished steps, what was saved with them, model and state: of a checkpoint in `train.output_dir`, else new."""
+    start = 0
+    with processes.all_or_none():
+        if jax.process_index() == 0:
+            start = resuming.choose_checkpoint(run.output_dir, run.config.train.resume_from)
+    start = int(processes.share(str(start))[0])
+    if not start:
+        return 0, {}, *init_state(run.config, run.optimizer, run.mesh, run.categories)
+    saved = store.read_metadata(str(run.output_dir), start)
+    with processes.all_or_none():
+        changed = resuming.check(run.output_dir, saved, metadata)
+    if changed and jax.process_index() == 0:
+        print("\n".join(changed), flush=True)
+    graphdef, shapes = abstract_state(run.config, run.optimizer, run.mesh)
+    with processes.all_or_none():
+        state = store.restore(str(run.output_dir), shapes, start, verify=False)
+    return start, saved, graphdef, state
+
+
+def compile_steps(
+    run: Run, graphdef: Model, state: State, done: int, interrupted: Callable[[], bool]
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The training step and the detection step, compiled for all buckets that the run needs."""
+    train_step: Any = make_train_step(run.config, graphdef, run.optimizer, run.sampler)
+    detect: Any = make_detect_step(run.config, graphdef, run.eval_sampler)
+
+    def shapes(tree):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+    state = shapes(state)
+    programs: dict[tuple[str, compilation.Bucket], Callable[[], Any]] = {}
+    if done < run.last_step:
+        batch = abstract_batch(run.sampler, run.mesh, left_out=("image_id",))
+        for bucket in run.sampler.buckets:
+            programs["train", bucket] = functools.partial(train_step.lower, state, batch, bucket=bucket)
+    if any(run.is_eval_step(step) for step in range(done, run.last_step + 1)):
+        batch = abstract_batch(run.eval_sampler, run.mesh, left_out=TARGETS)
+        params = state.get("ema", state["params"])
+        for bucket in run.eval_sampler.buckets:
+            programs["detect", bucket] = functools.partial(detect.lower, params, state["buffers"], batch, bucket=bucket)
+    compiled = compilation.compile_buckets(programs, run.mesh, interrupted=interrupted, report=jax.process_index() == 0)
+
+    def choose(name):
+        return lambda *args, bucket: compiled[name, bucket](*args)
+
+    return choose("train"), choose("detect")
+
+
+def abstract_batch(
+    sampler: TrainSampler | EvalSampler, mesh: jax.sharding.Mesh, left_out: Sequence[str]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and layout of the batches of a sampler, whose buckets share them."""
+    plan = {name: array for name, array in vars(sampler.plan(0)).items() if name not in ("bucket", "index", *left_out)}
+    arrays = {"pixels": np.broadcast_to(np.uint8(0), (sampler.batch_size, *sampler.source_shape, 3)), **plan}
+    layout = sharding.over_data(mesh)
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout) for name, x in arrays.items()}
+
+
+def read_batches(
+    run: Run, start: int, interrupted: Callable[[], bool]
+) -> Generator[tuple[tuple[int, int], dict[str, jax.Array]], None, None]:
+    """The batches of all steps from `start` on, on the devices, with the bucket of each; see `processes.in_step`."""
     rows = sharding.host_rows(run.config.train.batch_size, run.mesh)
-    steps = range(start, run.last_step)
-    with closing(batches(run.train_index, run.sampler, steps, rows=rows, data_config=run.config.data)) as feed:
-        for bucket, batch in feed:
+    steps, reading = range(start, run.last_step), set[str]()
+    feed = batches(run.train_index, run.sampler, steps, rows=rows, data_config=run.config.data, reading=reading)
+    together = processes.in_step(
+        feed, what=lambda: describe_files(reading), limit=run.config.train.storage_timeout, interrupted=interrupted
+    )
+    with closing(together):
+        for bucket, batch in together:
             del batch["image_id"]  # may have 64 bits, which do not survive a trip to the device
-            yield bucket, batch
+            yield bucket, sharding.put_batch(batch, run.mesh)
+
+
+@contextmanager
+def ending(save: Callable[[], None], done: Callable[[], int]) -> Iterator[None]:
+    """Saves the finished steps when something ends the run before its end."""
+    try:
+        yield
+    except NonFiniteLossError:
+        raise
+    except Interrupted:
+        save()
+        if jax.process_index() == 0:
+            print(f"stopped at step {done()} and saved; the same command goes on from here", flush=True)
+        raise
+    except Exception as error:
+        together = isinstance(error, processes.FailedTogether)
+        if jax.process_count() > 1 and not together:
+            processes.abort(error)
+        cause = error.cause if together else error
+        try:
+            save()
+        except Exception as other:
+            cause.add_note(f"The steps since the newest checkpoint are lost: {other}")
+            raise cause from None
+        if jax.process_index() == 0:
+            print(f"stopped at step {done()} by an error; it is saved", flush=True)
+        raise cause from None
+
+
+@contextmanager
+def tracing(step: int, steps: range, output_dir: epath.Path) -> Iterator[None]:
+    """Traces the steps of `train.profile_steps` with jax's profiler, for xprof or TensorBoard."""
+    if steps and step == steps.start:
+        jax.profiler.start_trace(str(output_dir / "profile"))
+    with jax.profiler.StepTraceAnnotation("train", step_num=step):
+        yield
+    if steps and step == steps.stop - 1:
+        jax.profiler.stop_trace()
+
+
+def parse_profile_steps(text: str | None) -> range:
+    """`10:15` -> range(10, 15).
+
+    Raises:
+        UserError: not two numbers, the first one smaller.
+    """
+    if text is None:
+        return range(0)
+    first, _, last = text.partition(":")
+    if not (first.isdigit() and last.isdigit() and int(first) < int(last)):
+        raise UserError(f"train.profile_steps: got {text!r}, expected FIRST:LAST, such as 10:15")
+    return range(int(first), int(last))
+
+
+def out_of_patience(aps: Mapping[int, float], patience: int | None) -> bool:
+    """Whether the last `patience` evaluations brought no better AP than those before."""
+    if patience is None or len(aps) <= patience:
+        return False
+    values = [ap for _, ap in sorted(aps.items())]
+    return max(values[-patience:]) <= max(values[:-patience])
+
+
+def describe_files(names: set[str]) -> str:
+    """Some of the files that are being read."""
+    some = sorted(names)
+    return ", ".join(some[:5]) + (f" and {len(some) - 5} more" if len(some) > 5 else "") or "images"
 
 
 class RunningSteps:
@@ -222,40 +411,10 @@ class RunningSteps:
         """
         while len(self._terms) > keep:
             step, terms = self._terms.popleft()
-            values = {name: float(value) for name, value in terms.items()}
+            values = {name: float(value) for name, value in jax.device_get(terms).items()}
             if not np.isfinite([values["loss"], values["grad_norm"]]).all():
                 raise NonFiniteLossError(describe_non_finite(self._run, step, values))
             self._metrics.add(step, values, images=self._run.config.train.batch_size)
-
-
-def check_resumable(output_dir: Path, metadata: Mapping[str, Any]) -> None:
-    """Raises if the newest checkpoint has other classes; says which fields of the configuration changed."""
-    saved = store.read_metadata(str(output_dir))
-    if saved["category_ids"] != metadata["category_ids"]:
-        raise UserError(
-            f"{output_dir}: trained on category ids {saved['category_ids']}, the annotations now have "
-            f"{metadata['category_ids']}: use another train.output_dir"
-        )
-    old, new = flat(saved["config"]), flat(metadata["config"])
-    changed = [f"  {name}: {old.get(name)} -> {new.get(name)}" for name in new if old.get(name) != new.get(name)]
-    if changed and jax.process_index() == 0:
-        print("\n".join(["resuming with a changed configuration:", *changed]), flush=True)
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested configuration -> `{"train.seed": 0, ...}`, tuples as lists, as JSON gives them back."""
-    result = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            result |= flat(value, f"{prefix}{name}.")
-        else:
-            result[prefix + name] = jax.tree.map(lambda x: x, as_list(value))
-    return result
-
-
-def as_list(value: Any) -> Any:
-    """Tuples, nested ones too, as lists."""
-    return [as_list(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 def describe_non_finite(run: Run, step: int, terms: Mapping[str, float]) -> str:
@@ -269,27 +428,6 @@ def describe_non_finite(run: Run, step: int, terms: Mapping[str, float]) -> str:
         f"{'none' if last is None else f'step {last}'}. "
         "Look at these images' annotations, or lower optim.lr"
     )
-
-
-@contextmanager
-def interruption() -> Iterator[list[int]]:
-    """A list that a first SIGTERM or Ctrl-C makes non-empty; a second one ends the process as usual."""
-    received: list[int] = []
-    previous = {}
-
-    def handle(number, frame):
-        received.append(number)
-        signal.signal(number, previous[number])
-        print("\ninterrupted: saving after this step (again to stop at once)", flush=True)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        previous[number] = signal.getsignal(number)
-        signal.signal(number, handle)
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def summary(run: Run, state: State, start: int) -> str:

@@ -13,6 +13,12 @@ FILES = sorted([*(ROOT / "detr_jax").rglob("*.py"), *(ROOT / "pallas_kernels").r
 BASE = {"config", "boxes", "categories", "errors"}
 ALLOWED = {
     "errors": set(),
+    "stall": set(),
+    "interruption": set(),
+    "compilation": {"stall"},
+    "run_folder": {"errors"},
+    "processes": {"errors", "stall"},
+    "resuming": {"checkpoints", "errors"},
     "config": {"errors"},
     "boxes": set(),
     "categories": {"errors"},
@@ -25,17 +31,20 @@ ALLOWED = {
     "postprocess": {"boxes"},
     "tta": {"boxes"},
     "drawing": set(),
-    "checkpoints": {"config", "categories", "errors", "models", "sharding"},
+    "checkpoints": {"config", "categories", "errors", "models", "sharding", "stall"},
     "train_step": {
         "config", "categories", "sharding", "models", "denoising", "losses", "postprocess", "data", "checkpoints",
     },
-    "detector": {
-        "categories", "checkpoints", "config", "curves", "data", "drawing", "errors", "evaluation", "metric_writer",
-        "postprocess", "sharding", "train_step", "tta",
+    "detector": {"categories", "checkpoints", "data", "drawing", "errors", "postprocess", "tta"},
+    "evaluation": {
+        "categories", "checkpoints", "config", "data", "drawing", "errors", "postprocess", "processes", "sharding",
+        "train_step", "tta",
     },
+    "metric_writer": {"errors", "evaluation"},
+    "curves": {"errors", "metric_writer"},
     "training": {
-        "config", "categories", "checkpoints", "curves", "data", "errors", "evaluation", "metric_writer", "sharding",
-        "train_step",
+        "config", "categories", "checkpoints", "compilation", "curves", "data", "errors", "evaluation", "interruption",
+        "metric_writer", "processes", "resuming", "run_folder", "sharding", "stall", "train_step",
     },
     "export_standalone": {"data", "errors"},
     "export": {"checkpoints", "config", "data", "errors", "export_standalone", "models", "postprocess"},
@@ -43,7 +52,9 @@ ALLOWED = {
     "visualize": BASE | {
         "checkpoints", "curves", "data", "denoising", "detector", "drawing", "evaluation", "matching", "models",
     },
-    "cli": {"checkpoints", "config", "detector", "errors", "export", "postprocess", "surgery", "tta", "visualize"},
+    "cli": {
+        "checkpoints", "config", "data", "detector", "errors", "export", "postprocess", "surgery", "tta", "visualize",
+    },
     "": {"detector", "checkpoints"},
     "pallas_kernels": set(),
 }  # fmt: skip

@@ -7,12 +7,12 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils.epath import Path, PathLike
 from flax import nnx
 
 from detr_jax.categories import Categories
@@ -55,7 +55,7 @@ class Pretrained:
     """What was read, for people."""
 
 
-def load(path: str | Path, *, dilation: bool | None = None, num_heads: int | None = None) -> Pretrained:
+def load(path: PathLike, *, dilation: bool | None = None, num_heads: int | None = None) -> Pretrained:
     """A detector from another implementation's checkpoint; the variant is inferred from the tensors.
 
     Reads `.pth` and `.safetensors` files and folders of `transformers`: see `KEY_MAPS`. Two things leave no trace in
@@ -376,7 +376,7 @@ def load_backbone(
 
 # --- writing ---------------------------------------------------------------------------------------------------------
 def save(
-    path: str | Path, model: nnx.Module, config: ModelConfig, categories: Categories, *, detrex: bool = False
+    path: PathLike, model: nnx.Module, config: ModelConfig, categories: Categories, *, detrex: bool = False
 ) -> None:
     """Writes a model for other implementations; float32, exact.
 

@@ -1,10 +1,11 @@
 """Files of tensors: `.safetensors`, `.pth` without running what is pickled in it, folders of `transformers`."""
 
 import json
-from pathlib import Path
+import tempfile
 from typing import Any
 
 import numpy as np
+from etils.epath import Path, PathLike
 
 from detr_jax.categories import Categories
 from detr_jax.config import model_from_dict
@@ -13,7 +14,7 @@ from detr_jax.errors import NotFoundError, UserError
 Tensors = dict[str, np.ndarray]
 
 
-def read_tensors(path: str | Path) -> tuple[Tensors, dict[str, Any]]:
+def read_tensors(path: PathLike) -> tuple[Tensors, dict[str, Any]]:
     """The tensors of a file or folder as float32, and what it says about the model besides.
 
     `.pth` needs torch. Pickled code in it does not run: what is not a tensor or a plain value is refused.
@@ -26,6 +27,9 @@ def read_tensors(path: str | Path) -> tuple[Tensors, dict[str, Any]]:
         ValueError: of another format, or with pickled objects that are not plain values.
     """
     path = Path(path)
+    if "://" in str(path) and path.exists():  # the readers below want a local file
+        with tempfile.TemporaryDirectory() as folder:
+            return read_tensors(_copy(path, Path(folder) / path.name))
     if path.is_dir():
         return _read_transformers(path)
     if not path.is_file():
@@ -35,6 +39,17 @@ def read_tensors(path: str | Path) -> tuple[Tensors, dict[str, Any]]:
     if path.suffix in (".pth", ".pt", ".bin"):
         return _read_torch(path)
     raise UserError(f"{path}: expected a .safetensors or .pth file, or a folder of transformers")
+
+
+def _copy(source: Path, target: Path) -> Path:
+    """A file or folder of a bucket, copied."""
+    if source.is_dir():
+        target.mkdir()
+        for path in source.iterdir():
+            _copy(path, target / path.name)
+    else:
+        source.copy(target)
+    return target
 
 
 def _read_safetensors(path: Path) -> tuple[Tensors, dict[str, Any]]:

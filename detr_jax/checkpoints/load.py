@@ -2,11 +2,11 @@
 
 import dataclasses
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import numpy as np
+from etils.epath import Path
 from flax import nnx
 
 from detr_jax import sharding

@@ -4,13 +4,19 @@ A checkpoint is a folder `<directory>/<step>` in orbax's format. Each entry of t
 flat, under the paths of its leaves, so that a reader needs neither the optimizer to get at the parameters nor the
 containers that held them. The metadata, plain JSON, lies beside the arrays and is committed with them.
 
-Orbax writes to `<step>.orbax-checkpoint-tmp` and renames it when every byte of every host is there: a run that is
-killed at any moment leaves its finished checkpoints as they were, and the next `CheckpointWriter` removes the
-half-written one.
+Orbax writes to `<step>.orbax-checkpoint-tmp` and renames it when every byte of every host is there; then the checksums
+of its files are written, which finish it. A run that is killed at any moment leaves its finished checkpoints as they
+were, and the next `CheckpointWriter` removes the half-written one. The scores of a checkpoint are a file of their own,
+`scores.json`, since a checkpoint is saved before it is scored.
 """
 
+import errno
 import json
-from collections.abc import Mapping
+import logging
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Literal
 
@@ -19,10 +25,23 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from detr_jax.checkpoints import checksums
 from detr_jax.errors import NotFoundError, UserError
+from detr_jax.stall import StalledError, wait_for
 
 PyTree = Any
+_SCORES = "scores.json"
 Step = int | Literal["latest", "best"]
+
+
+class _NotOrbax(logging.Filter):
+    """Drops what orbax logs about a failed save, traceback and all: it is raised as an error."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR or "/orbax/" not in record.pathname
+
+
+logging.getLogger("absl").addFilter(_NotOrbax())
 
 
 class CheckpointWriter:
@@ -34,20 +53,22 @@ class CheckpointWriter:
         directory: where the checkpoints are; created if need be. What an interrupted save left there is removed, so a
             directory has one writer at a time.
         keep_last: newest checkpoints to keep, at least 1.
-        keep_best: best checkpoints to keep too, by the AP they were saved with; equal ones: the newest.
+        keep_best: best checkpoints to keep too, by the AP that `score` gave them; equal ones: the newest.
+        timeout: seconds that a save may take.
     """
 
-    def __init__(self, directory: str, *, keep_last: int = 2, keep_best: int = 1):
+    def __init__(self, directory: str, *, keep_last: int = 2, keep_best: int = 1, timeout: float = math.inf):
         if keep_last < 1 or keep_best < 0:
             raise UserError(f"keep_last must be at least 1 and keep_best at least 0, got {keep_last} and {keep_best}")
-        policies = ocp.training.preservation_policies
-        best = policies.BestN(get_metric_fn=lambda m: m["AP"], n=keep_best, keep_checkpoints_without_metrics=False)
-        keep: Any = policies.AnyPreservationPolicy([policies.LatestN(keep_last), best])
+        self._directory = _absolute(directory)
+        self._aps = {step: ap for step in steps(directory) if (ap := _ap(self._directory / str(step))) is not None}
         self._checkpointer = ocp.training.Checkpointer(
-            epath.Path(directory).absolute(),
-            preservation_policy=keep,
+            self._directory,
+            preservation_policy=_LastAndBest(keep_last, keep_best, self._aps),
             cleanup_tmp_directories=True,
         )
+        self._timeout, self._stalled = timeout, False
+        self._pending: tuple[int, Future[None]] | None = None
 
     def save(
         self, step: int, state: Mapping[str, PyTree], metadata: Mapping[str, Any], *, ap: float | None = None
@@ -61,33 +82,58 @@ class CheckpointWriter:
             state: entries of any pytree type, of arrays and Python numbers, such as `{"params": ..., "opt_state":
                 ...}`. Entries without leaves are left out.
             metadata: JSON-serializable; comes back from `read_metadata`.
-            ap: validation AP, for keep-best.
+            ap: validation AP, if it is known already; see `score`.
 
         Returns:
-            False if `step` was saved before; that checkpoint is left as it is, so evaluate first and save once.
+            False if `step` was saved before; that checkpoint is left as it is.
 
         Raises:
             TypeError: metadata that JSON cannot hold.
             OSError: this or the previous save could not be written (disk full, say).
         """
+        self.wait()
         if step in (checkpoint.step for checkpoint in self._checkpointer.checkpoints):
             return False
         entries = {name: leaves for name, tree in state.items() if (leaves := _flatten(tree))}
-        ap = None if ap is None else float(ap)
-        plain = json.loads(json.dumps({**metadata, "step": step, "AP": ap}))  # fails here, not in the background
-        # `force`: without it orbax silently skips a save that is issued while another one runs; with it, it waits.
-        self._checkpointer.save_checkpointables_async(
-            step, entries, force=True, metrics=None if ap is None else {"AP": ap}, custom_metadata=plain
-        )
+        plain = json.loads(json.dumps({**metadata, "step": step}))  # fails here, not in the background
+        try:
+            # `force`: without it orbax skips a save now and then, by a policy of its own.
+            response = self._checkpointer.save_checkpointables_async(step, entries, force=True, custom_metadata=plain)
+        except Exception as error:
+            raise self._failure(step, error) from error
+        assert response is not None
+        future: Future[None] = Future()
+        threading.Thread(target=self._finish, args=(step, response, future), name="checkpoint", daemon=True).start()
+        self._pending = step, future
+        if ap is not None:
+            self.score(step, {"AP": ap})
         return True
 
+    def score(self, step: int, scores: Mapping[str, float]) -> None:
+        """Notes the scores of a checkpoint that was saved; its `AP` decides whether it is kept as one of the best."""
+        self.wait()
+        self._aps[step] = float(scores["AP"])
+        if jax.process_index() == 0:
+            checksums.write_whole(self._directory / str(step) / _SCORES, json.dumps(dict(scores)))
+
     def wait(self) -> None:
-        """Returns when the last save is safely on disk; raises what went wrong with it."""
-        self._checkpointer.wait()
+        """Returns when the last save is safely on disk; raises what went wrong with it, once."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            step, future = pending
+            try:
+                wait_for(future.result, lambda: f"{self._directory / str(step)} (it is being written)", self._timeout)
+            except StalledError:
+                self._stalled = True
+                raise
 
     def close(self) -> None:
         """Waits for the last save and ends the background threads."""
-        self._checkpointer.close()
+        try:
+            self.wait()
+        finally:
+            if not self._stalled:
+                self._checkpointer.close()
 
     def __enter__(self) -> "CheckpointWriter":
         return self
@@ -97,8 +143,79 @@ class CheckpointWriter:
     ) -> None:
         self.close()
 
+    def _finish(self, step: int, response: Any, future: Future[None]) -> None:
+        try:
+            response.result()  # also ends the response's thread, which would stay otherwise
+            if jax.process_index() == 0:
+                checksums.write(self._directory / str(step))
+            future.set_result(None)
+        except Exception as error:
+            future.set_exception(self._failure(step, error))
 
-def steps(directory: str) -> list[int]:
+    def _failure(self, step: int, error: Exception) -> OSError:
+        full = "No space left on device" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
+        reason = "no space left on device" if full else str(error).splitlines()[0] if str(error) else repr(error)
+        finished = (
+            other for other in steps(self._directory) if (self._directory / str(other) / checksums.FILE).exists()
+        )
+        left = max(finished, default=None)
+        return OSError(
+            errno.ENOSPC if full else errno.EIO,
+            f"the checkpoint of step {step} could not be written: {reason}; the newest one is "
+            f"{'missing' if left is None else f'of step {left}'}",
+            str(self._directory),
+        )
+
+
+class _LastAndBest:
+    """Which checkpoints orbax keeps. (Its own `BestN` wants a score when a checkpoint is saved.)"""
+
+    def __init__(self, last: int, best: int, aps: Mapping[int, float]):
+        self._last, self._best, self._aps = last, best, aps
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        there = [checkpoint.step for checkpoint in checkpoints]
+        scored = sorted((step for step in there if step in self._aps), key=lambda step: (self._aps[step], step))
+        keep = {*there[-self._last :], *(scored[-self._best :] if self._best else ())}
+        return [step in keep for step in there]
+
+
+NOT_FINISHED = checksums.NOT_FINISHED
+
+
+def newest_intact(directory: str) -> tuple[int | None, dict[int, str]]:
+    """The newest checkpoint whose files are as they were written, and what is wrong with each of the newer ones."""
+    problems: dict[int, str] = {}
+    root = _root(directory)
+    numbered = [int(path.name) for path in root.iterdir() if path.name.isdigit()] if root.is_dir() else []
+    for step in sorted(numbered, reverse=True):
+        problem = damage(directory, step)
+        if problem is None:
+            return step, problems
+        problems[step] = problem
+    return None, problems
+
+
+def damage(directory: str, step: int) -> str | None:
+    """What is wrong with the files of a checkpoint, if anything."""
+    root = _root(directory)
+    problem = checksums.damage(root / str(step))
+    if problem is not None and problem.startswith(NOT_FINISHED):
+        finished = steps(directory)
+        if step in finished and not any((root / str(other) / checksums.FILE).exists() for other in finished):
+            return None  # written before there were checksums
+    return problem
+
+
+def set_aside(directory: str, step: int, why: Literal["damaged", "discarded"]) -> epath.Path:
+    """Renames a checkpoint, so that neither readers nor writers see it; returns where it is now."""
+    root, number = _root(directory), 0
+    while (target := root / f"{step}.{why}{f'-{number}' if number else ''}").exists():
+        number += 1
+    return (root / str(step)).rename(target)
+
+
+def steps(directory: epath.PathLike) -> list[int]:
     """Steps of the finished checkpoints in `directory`, ascending; empty if there is no such directory."""
     return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(_root(directory)))
 
@@ -110,12 +227,12 @@ def latest_step(directory: str) -> int | None:
 
 def best_or_latest(directory: str) -> Step:
     """`best`, or `latest` where no checkpoint was saved with an AP."""
-    scored = any(_metadata(_root(directory) / str(step))["AP"] is not None for step in steps(directory))
+    scored = any(_ap(_root(directory) / str(step)) is not None for step in steps(directory))
     return "best" if scored else "latest"
 
 
 def read_metadata(directory: str, step: Step = "latest") -> dict[str, Any]:
-    """What was saved as `metadata`, and `"step"` (int), `"AP"` (float or None) and `"entries"` (names in the state).
+    """What was saved as `metadata`, and `"step"`, `"entries"` (names in the state), `"AP"` and `"scores"` (or None).
 
     Args:
         directory: of the checkpoints, of the run that holds them in `checkpoints/`, or of one checkpoint.
@@ -127,10 +244,12 @@ def read_metadata(directory: str, step: Step = "latest") -> dict[str, Any]:
     path = _find(directory, step)
     saved = ocp.checkpointables_metadata(path)
     entries = sorted(set(saved.metadata) - {"metrics"})
-    return {**_metadata(path), "entries": entries}
+    return {**_metadata(path), "entries": entries, "AP": _ap(path), "scores": read_scores(path)}
 
 
-def restore(directory: str, abstract_state: Mapping[str, PyTree], step: Step = "latest") -> dict[str, PyTree]:
+def restore(
+    directory: str, abstract_state: Mapping[str, PyTree], step: Step = "latest", *, verify: bool = True
+) -> dict[str, PyTree]:
     """Reads the entries of `abstract_state` onto the devices that it names; the checkpoint's others stay unread.
 
     Args:
@@ -139,15 +258,19 @@ def restore(directory: str, abstract_state: Mapping[str, PyTree], step: Step = "
             sharding: a `jax.Array` laid out so, whatever devices saved it; without: a NumPy array), or arrays, which
             stand for their shape, type and sharding, or Python numbers.
         step: as in `read_metadata`.
+        verify: compare the files with their checksums first.
 
     Returns:
         The same structure with the saved values.
 
     Raises:
         FileNotFoundError: no such checkpoint; says what is there.
-        ValueError: the checkpoint does not fit; names the first tensors that differ, with both shapes.
+        ValueError: the checkpoint does not fit; names the first tensors that differ, with both shapes. Or it is
+            damaged; names the first file that is not as it was written.
     """
     path = _find(directory, step)
+    if verify and (path / checksums.FILE).exists() and (problem := checksums.damage(path, tuple(abstract_state))):
+        raise UserError(f"{path} is damaged: {problem}. Use another checkpoint: {_others(path)}")
     wanted = {name: _flatten(tree) for name, tree in abstract_state.items()}
     saved = ocp.checkpointables_metadata(path).metadata
     for name, leaves in wanted.items():
@@ -198,9 +321,15 @@ def _check_fits(wanted: Mapping[str, Any], saved: Mapping[str, Any], what: str) 
         )
 
 
-def _root(directory: str) -> epath.Path:
+def _absolute(directory: epath.PathLike) -> epath.Path:
+    """An absolute path; `absolute` itself takes `gs://bucket` for a local folder."""
+    path = epath.Path(directory)
+    return path if "://" in str(path) else path.absolute()
+
+
+def _root(directory: epath.PathLike) -> epath.Path:
     """The folder of the step folders."""
-    path = epath.Path(directory).absolute()
+    path = _absolute(directory)
     return path / "checkpoints" if (path / "checkpoints").is_dir() else path
 
 
@@ -211,7 +340,7 @@ def _find(directory: str, step: Step) -> epath.Path:
         return root
     available = steps(directory)
     if step == "best":
-        scores = {step: ap for step in available if (ap := _metadata(root / str(step))["AP"]) is not None}
+        scores = {step: ap for step in available if (ap := _ap(root / str(step))) is not None}
         found = max(scores, key=lambda step: (scores[step], step), default=None)
     else:
         found = max(available, default=None) if step == "latest" else step
@@ -230,6 +359,24 @@ def _find(directory: str, step: Step) -> epath.Path:
 
 def _metadata(path: epath.Path) -> dict[str, Any]:
     metadata = ocp.checkpointables_metadata(path).custom_metadata
-    if not isinstance(metadata, dict) or "AP" not in metadata:
+    if not isinstance(metadata, dict) or "step" not in metadata:
         raise UserError(f"{path} holds no metadata of detr_jax: it is damaged, or another program saved it")
     return metadata
+
+
+def read_scores(step_folder: epath.Path) -> dict[str, float] | None:
+    """What `CheckpointWriter.score` noted for a checkpoint."""
+    try:
+        return json.loads((step_folder / _SCORES).read_text())
+    except FileNotFoundError:
+        return None
+
+
+def _ap(step_folder: epath.Path) -> float | None:
+    scores = read_scores(step_folder)
+    return None if scores is None else scores["AP"]
+
+
+def _others(path: epath.Path) -> str:
+    others = [str(step) for step in steps(str(path.parent)) if str(step) != path.name]
+    return f"{path.parent} has steps {', '.join(others)}" if others else f"{path.parent} has no other"

@@ -32,13 +32,12 @@ raised as one `DataError` before training starts):
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils.epath import Path, PathLike
 from tqdm import tqdm
 
 from detr_jax.data.image import read_header
@@ -60,8 +59,8 @@ _HEADER_THREADS = 16
 
 
 def load_coco(
-    annotations: str | Path,
-    images: str | Path,
+    annotations: PathLike,
+    images: PathLike,
     *,
     on_bad_image: OnBad = "error",
     on_bad_annotation: OnBad = "error",
@@ -175,9 +174,9 @@ def _check_images(records: dict[int, dict[str, Any]], folder: Path) -> tuple[lis
     """Reads every header; returns ids of the good images, how many of them are turned by EXIF, and the problems."""
 
     def check(record: dict[str, Any]) -> tuple[bool, str | None]:
-        path, size = os.path.join(folder, record["file_name"]), _size(record)
+        path, size = folder / record["file_name"], _size(record)
         try:
-            with open(path, "rb") as file:
+            with path.open("rb") as file:
                 header = read_header(file, path)
         except FileNotFoundError:
             return False, f"{path}: missing; expected as file_name of image {record['id']}"

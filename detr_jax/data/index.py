@@ -1,6 +1,9 @@
 """The index of a data set: everything but the pixels. `coco` and `tfds` fill it; nothing else knows formats."""
 
 import dataclasses
+import hashlib
+import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -46,6 +49,8 @@ class DatasetIndex:
     """Whether there are annotations at all: not in COCO's test sets, which can be detected on but not scored."""
     decoded: dict[tuple[int, tuple[int, int]], np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
     """What `DataConfig.cache` keeps: (image, its decoded (h, w)) -> uint8 [h, w, 3]."""
+    skipped: dict[int, str] = dataclasses.field(default_factory=dict, repr=False)
+    """Images that turned out to be bad when they were read, where such are skipped: what is wrong with each."""
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -86,6 +91,14 @@ class DatasetIndex:
     def name(self, i: int) -> str:
         """Path or key of image i, for messages."""
         return self.names[i]
+
+    def fingerprint(self) -> str:
+        """A digest of everything but the pixels and where they are; two indexes with the same one hold the same."""
+        digest = hashlib.sha256(json.dumps([self.category_ids, self.category_names]).encode())
+        for array in (self.image_ids, self.sizes, *self.boxes_xyxy, *self.labels):
+            digest.update(f"{array.dtype}{array.shape}".encode())
+            digest.update(array.tobytes())
+        return digest.hexdigest()
 
     def ground_truth(self) -> dict[str, Any]:
         """The data set as pycocotools takes it: `images`, `categories` and all `annotations`, the crowd ones too.

@@ -6,9 +6,11 @@ Two engines make the same batches, bit by bit: `tf` (tf.data) and `pillow` (a th
 
 import importlib.util
 import itertools
+import queue
+import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,14 +30,21 @@ class Sampler(Protocol):
 
     source_size: np.ndarray
     source_shape: Bucket
+    every_image_once: bool
 
-    def plan(self, step: int) -> BatchPlan:
-        """The global batch of a step."""
+    def plan(self, step: int, rows: slice = slice(None)) -> BatchPlan:
+        """The global batch of a step, or some of its rows."""
         ...
 
 
 def batches(
-    index: DatasetIndex, sampler: Sampler, steps: Iterable[int], *, rows: slice = slice(None), data_config: DataConfig
+    index: DatasetIndex,
+    sampler: Sampler,
+    steps: Iterable[int],
+    *,
+    rows: slice = slice(None),
+    data_config: DataConfig,
+    reading: set[str] | None = None,
 ) -> Generator[tuple[Bucket, Batch], None, None]:
     """Yields the bucket and the batch of each step, `data_config.prefetch` batches ahead.
 
@@ -44,7 +53,10 @@ def batches(
         sampler: a sampler of it.
         steps: which steps; may be endless.
         rows: rows of the global batch that this host takes.
-        data_config: engine, workers, prefetch and cache.
+        data_config: engine, workers, prefetch, cache, and whether images that turn out to be bad are skipped. In
+            training another image of the batch takes the place of a skipped one; in evaluation `image_id` is -1, and
+            the index notes it in `skipped`.
+        reading: filled with the names of the files that are being read, for messages.
 
     Yields:
         bucket (height, width), and a dict of the arrays of `BatchPlan` (but `bucket` and `index`) with `pixels` uint8
@@ -54,8 +66,8 @@ def batches(
     Raises:
         DataError: a file does not decode; names it.
     """
-    plans = (sampler.plan(step).rows(rows) for step in steps)
-    loader = _Loader(index, sampler, data_config.cache)
+    plans = (sampler.plan(step, rows) for step in steps)
+    loader = _Loader(index, sampler, data_config, set() if reading is None else reading)
     run = _tf_batches if _engine(data_config) == "tf" else _pillow_batches
     yield from run(loader, plans, data_config)
 
@@ -68,33 +80,96 @@ def _engine(data: DataConfig) -> str:
 
 
 class _Loader:
-    """Decodes image i to its source size, or takes it from the cache."""
+    """Decodes image i to its source size, or takes it from the cache; black where a bad image is skipped."""
 
-    def __init__(self, index: DatasetIndex, sampler: Sampler, cache: bool):
+    def __init__(self, index: DatasetIndex, sampler: Sampler, data: DataConfig, reading: set[str]):
         self.index = index
         self.bucket = sampler.source_shape
         self.sizes = sampler.source_size
-        self.cache = cache
+        self.every_image_once = sampler.every_image_once
+        self.cache = data.cache
+        self.skip = data.on_bad_image == "skip"
+        self.reading = reading
 
     def __call__(self, i: int) -> np.ndarray:
+        try:
+            return self._load(i)
+        except DataError as error:
+            if not self.skip:
+                raise
+            if i not in self.index.skipped:
+                print(f"skipped from now on: {error}", flush=True)
+            self.index.skipped[i] = str(error)
+            return np.zeros([1, 1, 3], np.uint8)
+
+    def _load(self, i: int) -> np.ndarray:
         size = tuple(self.sizes[i].tolist())
         if self.cache and (kept := self.index.decoded.get((i, size))) is not None:
             return kept
-        pixels = np.asarray(shrink(self.index.image(i), size))
+        name = self.index.name(i)
+        self.reading.add(name)
+        try:
+            pixels = np.asarray(shrink(self.index.image(i), size))
+        finally:
+            self.reading.discard(name)
         if self.cache:
             self.index.decoded[i, size] = pixels
         return pixels
 
+    def batch(self, plan: BatchPlan, pixels: np.ndarray) -> tuple[Bucket, Batch]:
+        """The batch of a plan and its pixels, of which those of skipped images are black."""
+        arrays = {name: array for name, array in vars(plan).items() if name not in ("bucket", "index")}
+        batch = {"pixels": pixels, **arrays}
+        bad = [row for row, i in enumerate(plan.index.tolist()) if i in self.index.skipped]
+        if bad and self.every_image_once:
+            batch["image_id"] = batch["image_id"].copy()
+            batch["image_id"][bad] = -1
+        elif bad:
+            good = [row for row in range(len(plan.index)) if row not in bad]
+            if not good:
+                problem = self.index.skipped[int(plan.index[bad[0]])]
+                raise DataError(f"all {len(bad)} images of a batch were skipped; the first: {problem}")
+            rows = np.arange(len(plan.index))
+            rows[bad] = np.resize(good, len(bad))
+            batch = {name: array[rows] for name, array in batch.items()}
+        return plan.bucket, batch
 
-def _batch(plan: BatchPlan, pixels: np.ndarray) -> tuple[Bucket, Batch]:
-    arrays = {name: array for name, array in vars(plan).items() if name not in ("bucket", "index")}
-    return plan.bucket, {"pixels": pixels, **arrays}
+
+class _Threads:
+    """As `ThreadPoolExecutor`, but a thread that waits for storage does not keep the program from ending."""
+
+    def __init__(self, number: int, name: str):
+        self._queue: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None]
+        self._queue = queue.SimpleQueue()
+        self._number = number
+        for _ in range(number):
+            threading.Thread(target=self._work, name=name, daemon=True).start()
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._queue.put((future, function, args))
+        return future
+
+    def shutdown(self) -> None:
+        """Drops what was not begun, and lets the threads end."""
+        while not self._queue.empty():
+            self._queue.get()
+        for _ in range(self._number):
+            self._queue.put(None)
+
+    def _work(self) -> None:
+        while (item := self._queue.get()) is not None:
+            future, function, args = item
+            try:
+                future.set_result(function(*args))
+            except BaseException as error:
+                future.set_exception(error)
 
 
 def _pillow_batches(
     loader: _Loader, plans: Iterator[BatchPlan], data: DataConfig
 ) -> Generator[tuple[Bucket, Batch], None, None]:
-    planner, pool = ThreadPoolExecutor(1, "plan"), ThreadPoolExecutor(max(data.workers, 1), "decode")
+    planner, pool = _Threads(1, "plan"), _Threads(max(data.workers, 1), "decode")
 
     def fill(pixels: np.ndarray, i: int) -> None:
         image = loader(i)
@@ -114,10 +189,10 @@ def _pillow_batches(
             plan, pixels, futures = started
             for future in futures:
                 future.result()
-            yield _batch(plan, pixels)
+            yield loader.batch(plan, pixels)
     finally:
-        planner.shutdown(cancel_futures=True)
-        pool.shutdown(cancel_futures=True)
+        planner.shutdown()
+        pool.shutdown()
 
 
 def _tf_batches(
@@ -161,4 +236,4 @@ def _tf_batches(
                 loader(int(i))  # raises an error that names the file
             names = [index.name(i) for i in (ahead[0].index if ahead else []) if i >= 0]
             raise DataError(f"one of {', '.join(names)}: {error.message}") from error
-        yield _batch(ahead.popleft(), pixels)
+        yield loader.batch(ahead.popleft(), pixels)

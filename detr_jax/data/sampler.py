@@ -53,11 +53,6 @@ class BatchPlan:
     orig_size: np.ndarray
     """int32 [b, 2]: annotated (h, w)."""
 
-    def rows(self, rows: slice) -> "BatchPlan":
-        """The plan of some of the rows: those of one host."""
-        arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "bucket"}
-        return BatchPlan(bucket=self.bucket, **{name: array[rows] for name, array in arrays.items()})
-
 
 @dataclasses.dataclass(frozen=True)
 class _Draw:
@@ -183,15 +178,18 @@ class TrainSampler(_Sampler):
         """No image is resized: an argument of `resample`."""
         self._epoch = functools.lru_cache(maxsize=2)(self._draw_epoch)
 
+    every_image_once = False
+    """A bad image's place may be taken by another one: see `pipeline.batches`."""
+
     def __len__(self) -> int:
         """Steps of an epoch."""
         return len(self.index) // self.batch_size
 
-    def plan(self, step: int) -> BatchPlan:
-        """The global batch of a step, counted from 0 over all epochs."""
+    def plan(self, step: int, rows: slice = slice(None)) -> BatchPlan:
+        """The global batch of a step, counted from 0 over all epochs, or some of its rows."""
         number, position = divmod(step, len(self))
         epoch = self._epoch(number)
-        return self._plan(epoch.buckets[position], epoch.batches[position], epoch.draw)
+        return self._plan(epoch.buckets[position], epoch.batches[position][rows], epoch.draw)
 
     def _draw_epoch(self, number: int) -> _Epoch:
         # Nothing is carried from epoch to epoch: (seed, number) is the key of a counter-based generator.
@@ -262,6 +260,8 @@ class EvalSampler(_Sampler):
         ValueError: an image fits none of `data.buckets`.
     """
 
+    every_image_once = True
+    """A bad image's place stays empty: see `pipeline.batches`."""
     two_resizes = False
     """No image is resized twice: an argument of `resample`."""
 
@@ -289,7 +289,7 @@ class EvalSampler(_Sampler):
         """Steps of the evaluation."""
         return len(self._batches)
 
-    def plan(self, step: int) -> BatchPlan:
-        """The global batch of a step, from 0 to `len(self) - 1`."""
-        bucket, rows = self._batches[step]
-        return self._plan(bucket, rows, self._draw)
+    def plan(self, step: int, rows: slice = slice(None)) -> BatchPlan:
+        """The global batch of a step, from 0 to `len(self) - 1`, or some of its rows."""
+        bucket, batch = self._batches[step]
+        return self._plan(bucket, batch[rows], self._draw)

@@ -2,7 +2,8 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
+
+from etils.epath import Path
 
 from detr_jax.config import DataConfig
 from detr_jax.data.coco import load_coco

@@ -56,6 +56,7 @@ def test_round_trip_is_exact_whatever_the_containers(tmp_path):
         "seed": 3,
         "step": 12,
         "AP": 0.25,
+        "scores": {"AP": 0.25},
         "entries": ["opt_state", "params", "step"],
     }
 

@@ -1,0 +1,89 @@
+"""Compiling ahead of the first step: every bucket at once, with a progress line, and from a cache at the next start."""
+
+import contextlib
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
+
+from detr_jax.stall import wait_for
+
+Bucket = tuple[int, int]
+
+
+@contextlib.contextmanager
+def cache(folder: epath.Path) -> Iterator[None]:
+    """Keeps compiled programs in `folder` for later starts, unless jax was told another place."""
+    config: Any = jax.config
+    if config.jax_compilation_cache_dir:
+        yield
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    compilation_cache.reset_cache()  # jax looks at its setting once
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
+
+
+def compile_buckets(
+    programs: Mapping[tuple[str, Bucket], Callable[[], Any]],
+    mesh: jax.sharding.Mesh,
+    *,
+    interrupted: Callable[[], bool] = lambda: False,
+    report: bool = True,
+) -> dict[tuple[str, Bucket], Any]:
+    """Compiles programs side by side.
+
+    Args:
+        programs: by name and bucket, functions that lower a program: `lambda: step.lower(...)`.
+        mesh: the devices.
+        interrupted: asked while waiting.
+        report: print a line per program.
+
+    Returns:
+        The compiled programs, by the same keys.
+
+    Raises:
+        Interrupted: `interrupted()` became true. The compiler cannot be stopped: its threads end with the process.
+    """
+    todo: queue.SimpleQueue[tuple[tuple[str, Bucket], Callable[[], Any]]] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[tuple[str, Bucket], Any, float]] = queue.SimpleQueue()
+    for item in programs.items():
+        todo.put(item)
+
+    def work() -> None:
+        while True:
+            try:
+                key, lower = todo.get_nowait()
+            except queue.Empty:
+                return
+            start = time.perf_counter()
+            try:
+                with jax.set_mesh(mesh):
+                    compiled = lower().compile()
+            except Exception as error:  # raised where it is waited for
+                compiled = error
+            done.put((key, compiled, time.perf_counter() - start))
+
+    for _ in range(min(len(programs), os.cpu_count() or 1, 8)):
+        threading.Thread(target=work, name="compile", daemon=True).start()
+    compiled = {}
+    for number in range(1, len(programs) + 1):
+        key, program, seconds = wait_for(
+            lambda wait: done.get(timeout=wait), lambda: "the compiler", float("inf"), interrupted
+        )
+        if isinstance(program, Exception):
+            raise program
+        compiled[key] = program
+        if report:
+            name, (height, width) = key
+            print(f"compiled {number}/{len(programs)}  {name} {height}x{width}  {seconds:.1f} s", flush=True)
+    return compiled

@@ -1,0 +1,221 @@
+"""The loop, with the product's own step: whatever ends a run, its good steps are saved and the next start goes on."""
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from etils import epath
+
+from detr_jax import evaluation, resuming, training
+from detr_jax.checkpoints import store
+from detr_jax.errors import DataError, UserError
+from detr_jax.metric_writer import read_metrics
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """`config(folder, **train)`: two epochs of two steps, each evaluated, on some images of the data set."""
+    root, folder = tiny.DATA / "bccd", tmp_path_factory.mktemp("annotations")
+    for split, number in (("train", 16), ("val", 8)):
+        content = json.loads((root / f"annotations/instances_{split}.json").read_text())
+        content["images"] = content["images"][:number]
+        ids = {image["id"] for image in content["images"]}
+        content["annotations"] = [one for one in content["annotations"] if one["image_id"] in ids]
+        (folder / f"{split}.json").write_text(json.dumps(content))
+
+    def make(output_dir, **train):
+        run = tiny.smallest(output_dir, **({"batch_size": 8, "epochs": 2, "eval_every": 1, "log_every": 3} | train))
+        files = {f"{split}_annotations": str(folder / f"{split}.json") for split in ("train", "val")}
+        return dataclasses.replace(run, data=dataclasses.replace(run.data, **files))
+
+    return make
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+    """One compilation for the module: each `train` finds it in jax's cache."""
+    values = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in values}
+    for name, value in values.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def numbers(folder):
+    """What a run reported, without times."""
+    times = ("hours", "train/images_per_second", "train/waiting_for_data")
+    records = read_metrics(Path(folder) / "metrics.jsonl")
+    return [{name: value for name, value in record.items() if name not in times} for record in records]
+
+
+def tensors(folder):
+    """Digests of the newest checkpoint's tensors."""
+    path = Path(folder) / "checkpoints" / str(store.latest_step(str(folder)))
+    from orbax.checkpoint import v1 as ocp
+
+    saved = ocp.checkpointables_metadata(path).metadata
+    zeros = {
+        entry: {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in saved[entry].items()}
+        for entry in ("params", "opt_state")
+    }
+    return ocp.load_checkpointables(path, zeros)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, config):
+    """A run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert training.train(config(folder)) is not None
+    return folder
+
+
+def same_end(folder, whole):
+    assert numbers(folder) == numbers(whole)
+    jax.tree.map(np.testing.assert_array_equal, tensors(folder), tensors(whole))
+
+
+def at_step(monkeypatch, step, action):
+    """Runs `action` when a run has finished `step` steps."""
+    original = training.RunningSteps.add
+
+    def add(self, number, terms):
+        original(self, number, terms)
+        if number == step - 1:
+            action()
+
+    monkeypatch.setattr(training.RunningSteps, "add", add)
+
+
+def test_sigterm_is_noticed_between_log_steps_and_nothing_is_lost(tmp_path, config, whole, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        at_step(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert training.train(config(tmp_path / "run")) is None
+    assert store.latest_step(str(tmp_path / "run")) == 1  # not a log step
+    assert "and saved; the same command goes on from here" in capsys.readouterr().out
+    training.train(config(tmp_path / "run"))
+    same_end(tmp_path / "run", whole)
+
+
+def test_a_damaged_checkpoint_costs_its_steps_and_no_more(tmp_path, config, whole, capsys):
+    run = config(tmp_path / "run", checkpoint_every=1)
+    training.train(dataclasses.replace(run, train=dataclasses.replace(run.train, max_steps=3)))
+    newest = tmp_path / "run" / "checkpoints" / "3"
+    data = max((path for path in newest.rglob("d/*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    training.train(run)
+    assert "has changed since it was written" in capsys.readouterr().out
+    same_end(tmp_path / "run", whole)
+
+
+def test_a_bad_image_saves_the_steps_before_it(tmp_path, config, monkeypatch):
+    from detr_jax.data import pipeline
+
+    original, run = pipeline._Loader._load, config(tmp_path / "run")
+
+    def load(self, i):
+        if len(seen) >= 12 and not self.every_image_once:
+            raise DataError("bad.jpg: truncated")
+        seen.append(i)
+        return original(self, i)
+
+    seen: list[int] = []
+    monkeypatch.setattr(pipeline._Loader, "_load", load)
+    with pytest.raises(DataError, match=r"bad\.jpg"):
+        training.train(run)
+    assert store.latest_step(str(tmp_path / "run")) == 1
+
+
+def test_a_failing_evaluation_loses_nothing_and_is_made_up_for(tmp_path, config, whole, monkeypatch):
+    run = config(tmp_path / "run")
+
+    def fail(*args):
+        raise RuntimeError("scoring failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "score", fail)
+        with pytest.raises(RuntimeError, match="scoring failed"):
+            training.train(run)
+    assert store.latest_step(str(tmp_path / "run")) == 2
+    scores = training.train(run)
+    assert scores is not None and store.read_metadata(str(tmp_path / "run"))["AP"] == scores.AP
+    same_end(tmp_path / "run", whole)
+
+
+def metadata(**changes):
+    return {
+        "category_ids": [1, 2],
+        "category_names": ["cat", "dog"],
+        "config": {"train": {"seed": 0}},
+        "data": {"train": "a", "val": "b"},
+    } | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"category_names": ["cat", "wolf"]}, r"classes \(id, name\) changed .*\(2, 'dog'\) -> \(2, 'wolf'\)"),
+        ({"category_ids": [1, 3]}, r"\(2, 'dog'\) -> \(3, 'dog'\)"),
+        ({"data": {"train": "other", "val": "b"}}, "training images or annotations changed"),
+    ],
+)
+def test_other_data_than_before_is_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        resuming.check(epath.Path("run"), metadata(), metadata(**changes))
+
+
+def test_what_changed_otherwise_is_said():
+    changed = metadata(data={"train": "a", "val": "other"}, config={"train": {"seed": 1}})
+    lines = resuming.check(epath.Path("run"), metadata(), changed)
+    assert "validation images or annotations changed" in lines[0]
+    assert lines[-1] == "  train.seed: 0 -> 1"
+    assert resuming.check(epath.Path("run"), metadata(), metadata()) == []
+
+
+def test_the_fingerprint_is_of_what_the_annotations_say(tmp_path):
+    from detr_jax.data.splits import load_split
+
+    data = tiny.config().data
+    index = load_split(data, "train")
+    assert index.fingerprint() == load_split(data, "train").fingerprint()
+    annotations = json.loads((Path(data.root) / "annotations/instances_train.json").read_text())
+    annotations["annotations"][0]["bbox"][0] += 1
+    (tmp_path / "changed.json").write_text(json.dumps(annotations))
+    changed = dataclasses.replace(data, train_annotations=str(tmp_path / "changed.json"), train_images="images")
+    assert index.fingerprint() != load_split(changed, "train").fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("aps", "patience", "out"),
+    [
+        ({}, 1, False),
+        ({1: 0.5}, 1, False),
+        ({1: 0.5, 2: 0.5}, 1, True),
+        ({1: 0.5, 2: 0.6}, 1, False),
+        ({1: 0.5, 2: 0.4, 3: 0.45}, 2, True),
+        ({1: 0.5, 2: 0.4, 3: 0.55}, 2, False),
+        ({1: 0.5, 2: 0.4, 3: 0.45}, None, False),
+    ],
+)
+def test_patience(aps, patience, out):
+    assert training.out_of_patience(aps, patience) is out
+
+
+def test_profile_steps():
+    assert training.parse_profile_steps("10:15") == range(10, 15)
+    assert not training.parse_profile_steps(None)
+    for text in ("10", "15:10", "a:b", "10:15:2"):
+        with pytest.raises(UserError, match=f"profile_steps: got '{text}', expected FIRST:LAST"):
+            training.parse_profile_steps(text)
