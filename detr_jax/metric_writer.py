@@ -16,11 +16,11 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.summary import scalar
 
+from detr_jax.errors import UserError
+
 _Event: Any = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]
 _SessionLog: Any = event_pb2.SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 _UPLOAD_SECONDS = 30  # between two uploads of a file that grows in a bucket
-
-from detr_jax.errors import UserError
 
 
 class _Scores(Protocol):
