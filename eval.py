@@ -17,6 +17,7 @@ def main(argv: list[str]) -> None:
         pictures=options.pictures,
         num_pictures=options.num_pictures,
         tta=TTAConfig(options.tta_scales) if options.tta else None,
+        mask_padding=options.mask_padding,
     )
 
 

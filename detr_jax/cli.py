@@ -81,13 +81,15 @@ def parse_train(argv: Sequence[str]) -> Config:
     if known.config is None and not helping:
         raise UserError("--config is missing: python train.py --config configs/CONFIG.py --data.root FOLDER")
     default = load_config(known.config) if known.config else Config()
-    return tyro.cli(
+    config = tyro.cli(
         tyro.conf.AvoidSubcommands[Config],
         default=default,
         args=rest,
         prog="train.py --config CONFIG",
         description="Train a detector. Defaults below are those of the config; every field can be overridden.",
     )
+    _check_folder("--train.output-dir", config.train.output_dir)
+    return config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +112,8 @@ class EvalOptions:
     """Test-time augmentation: every image at the scales of `tta_scales`, also flipped, the boxes merged."""
     tta_scales: tuple[int, ...] = TTAConfig.scales
     """The shorter sides, in pixels."""
+    mask_padding: bool | None = None
+    """Mask the padding in every layer: the official result at batch 1. None takes the checkpoint's."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     """Images; the defaults are those of the checkpoint's training."""
 
@@ -124,14 +128,19 @@ def parse_eval(argv: Sequence[str]) -> EvalOptions:
         from detr_jax.checkpoints import store
 
         saved = store.read_metadata(known.checkpoint)
-        data = from_dict(saved["config"], saved["model"]).data
-    return tyro.cli(
+        data = from_dict(saved["config"], saved["model"], known.checkpoint).data
+    options = tyro.cli(
         EvalOptions,
         default=EvalOptions(checkpoint=known.checkpoint or tyro.MISSING, data=data),
         args=list(argv),
         prog="eval.py",
         description="Score a checkpoint with pycocotools on the validation set; without annotations, detect alone.",
     )
+    if options.pictures:
+        _check_folder("--pictures", options.pictures)
+    if options.results:
+        _check_file("--results", options.results)
+    return options
 
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
@@ -147,6 +156,7 @@ def predict(
     scale: int | None = None,
     max_size: int | None = None,
     dilation: bool | None = None,
+    mask_padding: bool | None = None,
 ) -> None:
     """Detect: draws boxes with names on images, and writes results.json in COCO's results format.
 
@@ -159,6 +169,7 @@ def predict(
         scale: The shorter side is resized to this; None takes the checkpoint's (800).
         max_size: The longer side is never larger than this; None takes the checkpoint's (1333).
         dilation: DC5 or not, for files that do not tell.
+        mask_padding: Mask the padding in every layer: the official result at batch 1. None takes the checkpoint's.
     """
     from tqdm import tqdm
 
@@ -169,8 +180,14 @@ def predict(
     paths, folder = _find_images(images), Path(out)
     if inside := [path for path in paths if path.resolve().parent == folder.resolve()]:
         raise UserError(f"--out {out}: {inside[0]} is in it, and pictures could replace images: choose another folder")
+    _check_folder("--out", out)
     detector = Detector.from_pretrained(
-        checkpoint, batch_size=batch_size, scale=scale, max_size=max_size, dilation=dilation
+        checkpoint,
+        batch_size=batch_size,
+        scale=scale,
+        max_size=max_size,
+        dilation=dilation,
+        mask_padding=mask_padding,
     )
     folder.mkdir(parents=True, exist_ok=True)
     read, failed, results = deque(), [], []
@@ -219,6 +236,27 @@ def _find_images(given: Sequence[str]) -> list[Path]:
     return paths
 
 
+def _check_folder(field: str, path: str) -> None:
+    """Raises `UserError` where there is a file, or a file on the way there: before anything is computed."""
+    for place in (Path(path), *Path(path).parents):
+        if place.exists() and not place.is_dir():
+            raise UserError(f"{field} {path}: {place} is a file, expected a folder, or nothing yet")
+
+
+def _check_file(field: str, path: str) -> None:
+    """Raises `UserError` where there is a folder, or a file on the way there: before anything is computed."""
+    if Path(path).is_dir():
+        raise UserError(f"{field} {path}: is a folder, expected a file")
+    _check_folder(field, str(Path(path).parent))
+
+
+def _check_new_folder(field: str, path: str) -> None:
+    """As `_check_folder`, and where there is a checkpoint already."""
+    _check_folder(field, path)
+    if (Path(path) / "checkpoints").exists():
+        raise UserError(f"{field} {path}: holds a checkpoint already; remove it, or choose another name")
+
+
 def convert(
     source: tyro.conf.Positional[str],
     target: tyro.conf.Positional[str],
@@ -226,6 +264,7 @@ def convert(
     naming: Literal["auto", "ours", "official", "transformers", "detrex"] = "auto",
     dilation: bool | None = None,
     num_heads: int | None = None,
+    mask_padding: bool | None = None,
 ) -> None:
     """Convert a checkpoint: official, transformers, detrex, mmdetection or ours, to official, transformers or ours.
 
@@ -236,6 +275,7 @@ def convert(
             of detrex.
         dilation: DC5 or not, for files that do not tell.
         num_heads: Attention heads, for files that do not tell (8).
+        mask_padding: Mask the padding in every layer: the official result at batch 1. None takes the checkpoint's.
     """
     from detr_jax.checkpoints.convert import save
     from detr_jax.checkpoints.load import load
@@ -248,7 +288,8 @@ def convert(
         raise UserError(f"{target}: official names go to a .safetensors file, the others to a folder")
     if Path(target).exists():
         raise UserError(f"{target}: exists already; remove it, or choose another name")
-    loaded = load(source, dilation=dilation, num_heads=num_heads)
+    _check_folder("target", str(Path(target).parent))
+    loaded = load(source, dilation=dilation, num_heads=num_heads, mask_padding=mask_padding)
     print(loaded.report)
     if naming == "ours":
         loaded.save(target)
@@ -258,7 +299,12 @@ def convert(
 
 
 def export(
-    checkpoint: tyro.conf.Positional[str], out: tyro.conf.Positional[str], /, bucket: tuple[int, int], batch: int = 1
+    checkpoint: tyro.conf.Positional[str],
+    out: tyro.conf.Positional[str],
+    /,
+    bucket: tuple[int, int],
+    batch: int = 1,
+    mask_padding: bool | None = None,
 ) -> None:
     """Export a detector as one file that runs without this package: python FILE image.jpg.
 
@@ -267,11 +313,13 @@ def export(
         out: The file, such as detector.zip.
         bucket: Height and width in pixels that images are padded to, multiples of 32.
         batch: Images per call.
+        mask_padding: Mask the padding in every layer: the official result at batch 1. None takes the checkpoint's.
     """
     from detr_jax.checkpoints.load import load
     from detr_jax.export import export
 
-    export(load(checkpoint), out, bucket, batch)
+    _check_file("out", out)
+    export(load(checkpoint, mask_padding=mask_padding), out, bucket, batch)
     print(f"wrote {out}: python {out} image.jpg")
 
 
@@ -284,6 +332,9 @@ def soup(checkpoints: tyro.conf.Positional[tuple[str, ...]], /, out: str) -> Non
     """
     from detr_jax import surgery
 
+    if not checkpoints:
+        raise UserError("no checkpoints given: detr-jax soup CHECKPOINT... --out FOLDER")
+    _check_new_folder("--out", out)
     mixed = surgery.soup(checkpoints)
     mixed.save(out)
     print(f"{mixed.changes}\nwrote {out}")

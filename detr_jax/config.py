@@ -5,8 +5,9 @@ its fields (`--train.batch-size 16`).
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from detr_jax.errors import UserError
 
@@ -81,6 +82,9 @@ class TuneConfig:
 class TransformerConfig:
     """What DETR and Deformable DETR have in common."""
 
+    classification: ClassVar[Literal["focal", "softmax"]] = "focal"
+    """What the class outputs mean, and so what `loss.classification` must be: see `LossConfig`."""
+
     backbone: BackboneConfig = BackboneConfig()
     """The convolutional backbone."""
     num_classes: int = 91
@@ -110,6 +114,8 @@ class TransformerConfig:
 @dataclasses.dataclass(frozen=True)
 class DETRConfig(TransformerConfig):
     """DETR (Carion et al., ECCV 2020). `hidden_dim` is a multiple of 4, for the sines and cosines of x and y."""
+
+    classification: ClassVar[Literal["focal", "softmax"]] = "softmax"
 
     pre_norm: bool = False
     """LayerNorm before each block (and after the encoder) instead of after it."""
@@ -340,6 +346,12 @@ def _check_model(model: ModelConfig, *, multiple: int) -> None:
             raise UserError(f"model.hidden_dim={model.hidden_dim} must be a multiple of {what}")
 
 
+def _check_at_least(least: int, field: str, value: float | None) -> None:
+    """Raises `UserError` for a number that is less, infinite or NaN; `None` is no number."""
+    if value is not None and not least <= value < math.inf:
+        raise UserError(f"{field}={value}: expected a number of at least {least}")
+
+
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
     """Set prediction: matching costs and loss weights. The defaults are Deformable DETR's."""
@@ -365,7 +377,8 @@ class LossConfig:
     no_object_weight: float = 0.1
     """Softmax loss: weight of the no-object class."""
     aux_loss: bool = True
-    """Auxiliary losses: supervise every decoder layer, each matched on its own."""
+    """Supervise every decoder layer, each matched on its own. The proposals of a two-stage model are supervised either
+    way: their scores choose the queries. (The official code drops the proposals' loss with this.)"""
     giou_epsilon: float = 0.0
     """Added to the areas that IoU and GIoU divide by, in the loss and in the matching (DINO's code: 1e-6)."""
     matcher: Literal["device", "scipy"] = "device"
@@ -431,6 +444,19 @@ class DataConfig:
     buckets: tuple[tuple[int, int], ...] | None = None
     """Buckets (height, width) that batches are padded to, each compiled once; `None` derives them."""
 
+    def __post_init__(self):
+        for name in ("workers", "prefetch"):
+            _check_at_least(0, f"data.{name}", getattr(self, name))
+        for name in ("max_source_side", "max_size", "eval_scale"):
+            _check_at_least(1, f"data.{name}", getattr(self, name))
+        for bucket in self.buckets or ():
+            if len(bucket) != 2 or min(bucket) < 1 or any(side % 32 for side in bucket):
+                nearest = tuple(max(32, -(-side // 32) * 32) for side in bucket)
+                raise UserError(
+                    f"data.buckets: got {bucket}, expected (height, width) in multiples of 32: the nearest that holds "
+                    f"it is {nearest}"
+                )
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
@@ -454,6 +480,15 @@ class OptimConfig:
     """... to this factor."""
     ema_decay: float = 0.0
     """Exponential moving average of the parameters, evaluated instead of them; 0 is off."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            _check_at_least(0, f"optim.{field.name}", getattr(self, field.name))
+        for name, below in (("drop_at", self.drop_at <= 1), ("ema_decay", self.ema_decay < 1)):
+            if not below:
+                raise UserError(f"optim.{name}={getattr(self, name)}: expected a share, less than 1")
+        if self.clip_norm == 0:
+            raise UserError("optim.clip_norm=0: expected more; it would clip every gradient to nothing")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -496,6 +531,12 @@ class TrainConfig:
     storage_timeout: float = 300.0
     """Seconds without an answer from storage (images, checkpoints) that end the run; a warning comes after a fifth."""
 
+    def __post_init__(self):
+        for name in ("batch_size", "epochs", "log_every", "checkpoint_every", "keep_last", "max_steps"):
+            _check_at_least(1, f"train.{name}", getattr(self, name))
+        for name in ("seed", "eval_every", "keep_best"):
+            _check_at_least(0, f"train.{name}", getattr(self, name))
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -512,28 +553,65 @@ class Config:
     train: TrainConfig = TrainConfig()
     """The run."""
 
+    def __post_init__(self):
+        kind, wanted = type(self.model).__name__, self.model.classification
+        if self.loss.classification != wanted:
+            hint = "loss=LossConfig.detr() in the config" if wanted == "softmax" else "loss=LossConfig() in the config"
+            raise UserError(
+                f"loss.classification: got {self.loss.classification!r}, but the class outputs of {kind} are for "
+                f"{wanted!r}: write {hint}, or pass --loss.classification {wanted}"
+            )
 
-def from_dict(values: Mapping[str, Any], model: str) -> Config:
+
+def from_dict(values: Mapping[str, Any], model: str, where: object = "config") -> Config:
     """The `Config` that `dataclasses.asdict` was called on, also after a round trip through JSON.
 
     Args:
         values: nested fields.
         model: class name of `Config.model`.
+        where: the file, for errors.
 
     Raises:
-        TypeError: a field that does not exist in this version.
+        UserError: a field or a model that does not exist in this version, or a value that is not allowed.
     """
     parts = {"loss": LossConfig, "data": DataConfig, "optim": OptimConfig, "train": TrainConfig}
-    sections: dict[str, Any] = {name: cls(**_tuples(values[name])) for name, cls in parts.items()}
-    return Config(model=model_from_dict(values["model"], model), **sections)
+    sections: dict[str, Any] = {
+        name: _section(cls, values.get(name), f"{where}: {name}") for name, cls in parts.items()
+    }
+    return Config(model=model_from_dict(values.get("model", {}), model, where), **sections)
 
 
-def model_from_dict(values: Mapping[str, Any], model: str) -> ModelConfig:
+def model_from_dict(values: Mapping[str, Any], model: str, where: object = "config") -> ModelConfig:
     """As `from_dict`, for `Config.model` alone."""
-    fields = _tuples(values)
-    fields["backbone"] = BackboneConfig(**fields["backbone"])
-    fields["tune"] = TuneConfig(**fields.get("tune", {}))  # older checkpoints have none
-    return {cls.__name__: cls for cls in (DETRConfig, DeformableDETRConfig, DINOConfig)}[model](**fields)
+    known = {cls.__name__: cls for cls in (DETRConfig, DeformableDETRConfig, DINOConfig)}
+    if model not in known:
+        raise UserError(
+            f"{where}: model: got {model!r}, expected one of {', '.join(known)}; if a newer version of detr_jax wrote "
+            "it, update detr_jax"
+        )
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where}: model: got {type(values).__name__}, expected its fields: the file is damaged")
+    parts = {
+        "backbone": _section(BackboneConfig, values.get("backbone"), f"{where}: model.backbone"),
+        "tune": _section(TuneConfig, values.get("tune", {}), f"{where}: model.tune"),  # older checkpoints have none
+    }
+    return _section(known[model], {**values, **parts}, f"{where}: model")
+
+
+def _section(cls: Any, values: Any, where: str) -> Any:
+    """A section of a config that was stored."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where}: got {type(values).__name__}, expected its fields: the file is damaged")
+    known = {field.name for field in dataclasses.fields(cls)}
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        raise UserError(
+            f"{where}.{unknown[0]}: this version of detr_jax has no such field; a newer one wrote it: update detr_jax"
+        )
+    try:
+        return cls(**_tuples(values))
+    except TypeError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def _tuples(value: Any) -> Any:

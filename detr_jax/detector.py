@@ -140,9 +140,9 @@ class Detector:
         Args:
             path: file or folder.
             verbose: print what was read.
-            options: `dilation` and `num_heads` for `load`, the others for `Detector`.
+            options: `dilation`, `num_heads` and `mask_padding` for `load`, the others for `Detector`.
         """
-        facts = {name: options.pop(name) for name in ("dilation", "num_heads") if name in options}
+        facts = {name: options.pop(name) for name in ("dilation", "num_heads", "mask_padding") if name in options}
         loaded = load(path, **facts)
         if verbose:
             print(loaded.report)

@@ -3,6 +3,7 @@
 import colorsys
 import functools
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def draw_detections(
     draw = ImageDraw.Draw(picture)
     scale = math.sqrt(picture.width * picture.height)
     line = max(1, round(scale / 320))
-    font = _font(max(10, round(scale / (38 if len(boxes_xyxy) <= 12 else 46))))
+    letter = max(10, round(scale / (38 if len(boxes_xyxy) <= 12 else 46)))
     # The best last, on top of the others.
     order = np.arange(len(labels))[::-1] if scores is None else np.argsort(scores, kind="stable")
     for i in order:
@@ -65,12 +66,13 @@ def draw_detections(
     taken: list[Rectangle] = []
     for i in order[::-1]:
         label = int(labels[i])
-        parts = [] if counts[label] > 8 and label in named else [names[label]]
+        parts = [] if counts[label] > 8 and label in named else [_line(names[label])]
         named.add(label)
         if scores is not None:
             parts.append(f"{scores[i]:.2f}")
         if parts:
-            _caption(draw, " ".join(parts), boxes_xyxy[i], class_color(label), font, picture.size, taken)
+            text = " ".join(parts)
+            _caption(draw, text, boxes_xyxy[i], class_color(label), _font(text, letter), picture.size, taken)
     return picture
 
 
@@ -143,11 +145,47 @@ def _rgb(image: Image.Image | np.ndarray) -> Image.Image:
     return (image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))).convert("RGB")
 
 
-@functools.cache
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu, which matplotlib carries, so that pictures look the same everywhere."""
+@functools.lru_cache(maxsize=1000)
+def _font(text: str, size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """A font that has the letters of a text.
+
+    DejaVu, which matplotlib carries, so that pictures look the same everywhere; for scripts that it lacks (Chinese,
+    Thai, ...) a font of the system, of those that matplotlib's font manager finds. Fonts for all scripts have tens of
+    megabytes, too many to carry; who has names in a script usually has a font for it.
+    """
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    return ImageFont.truetype(str(folder / ("DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf")), size)
+    default = str(folder / ("DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"))
+    letters = frozenset(ord(letter) for letter in text if not letter.isspace())
+    if letters <= _letters(default):
+        return ImageFont.truetype(default, size)
+    from matplotlib.font_manager import fontManager
+
+    # Upright ones of normal weight first; the order is that of names, not that of the disk.
+    fonts = sorted(fontManager.ttflist, key=lambda f: (f.style != "normal", f.weight not in (400, "normal"), f.name))
+    best = max([default, *(font.fname for font in fonts)], key=lambda path: len(letters & _letters(path)))
+    if missing := letters - _letters(best):
+        warnings.warn(
+            f"no font on this machine has the letter {chr(min(missing))!r} of {text!r}: it is drawn as a box; install "
+            "one that has it, such as those of the Debian packages fonts-noto and fonts-noto-cjk",
+            stacklevel=2,
+        )
+    return ImageFont.truetype(best, size)
+
+
+@functools.cache
+def _letters(path: str) -> frozenset[int]:
+    """The characters that a font has."""
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        return frozenset(FT2Font(path).get_charmap())
+    except (OSError, RuntimeError):  # removed since the font manager looked, or of a format that it does not read
+        return frozenset()
+
+
+def _line(name: str) -> str:
+    """A name on one line, as Pillow measures text."""
+    return " ".join(str(name).split())
 
 
 def _grown(box: Rectangle, by: float) -> Rectangle:
@@ -202,11 +240,12 @@ def _caption(
 def _headed(picture: Image.Image, title: str, labels: np.ndarray, names: Sequence[str]) -> Image.Image:
     """A picture under its title and a key: each class that is in it, with its color and number of boxes."""
     labels = np.asarray(labels, int)
-    big, small = _font(max(11, picture.width // 36), bold=True), _font(max(10, picture.width // 44))
     keys = [
-        (int(label), f"{names[label]} {count}")
+        (int(label), f"{_line(names[label])} {count}")
         for label, count in zip(*np.unique(labels, return_counts=True), strict=True)
     ]
+    big = _font(title, max(11, picture.width // 36), bold=True)
+    small = _font(" ".join(text for _, text in keys), max(10, picture.width // 44))
     row = round(1.5 * small.size)
     # Lay the key out first: it says how high the heading is.
     x, y, places = 0.0, round(1.6 * big.size), []

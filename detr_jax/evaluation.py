@@ -274,6 +274,7 @@ def evaluate_checkpoint(
     pictures: str | None = None,
     num_pictures: int = 8,
     tta: TTAConfig | None = None,
+    mask_padding: bool | None = None,
 ) -> Scores | None:
     """Scores a checkpoint on the validation set of `data`, prints the tables, writes what is asked for.
 
@@ -288,6 +289,7 @@ def evaluate_checkpoint(
         pictures: folder for pictures of ground truth beside detections.
         num_pictures: how many.
         tta: test-time augmentation.
+        mask_padding: instead of the checkpoint's `backbone.mask_padding`; see `checkpoints.load`.
 
     Raises:
         FileNotFoundError: no such checkpoint.
@@ -297,10 +299,13 @@ def evaluate_checkpoint(
     if step == "best":
         step = store.best_or_latest(directory)
     saved = store.read_metadata(directory, step)
-    config = dataclasses.replace(from_dict(saved["config"], saved["model"]), data=data)
+    config = dataclasses.replace(from_dict(saved["config"], saved["model"], directory), data=data)
+    if mask_padding is not None:
+        backbone = dataclasses.replace(config.model.backbone, mask_padding=mask_padding)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, backbone=backbone))
     index = load_split(data, "val", category_ids=saved["category_ids"], annotated=False)
     if not index.annotated and not results:
-        raise ValueError(f"{index.report[0]}, no annotations to score with: pass --results FILE for the detections")
+        raise UserError(f"{index.report[0]}, no annotations to score with: pass --results FILE for the detections")
     mesh = sharding.make_mesh()
     model = restore_model(directory, step, config, mesh)
     with jax.set_mesh(mesh), processes.plain_errors():

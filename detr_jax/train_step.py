@@ -46,9 +46,12 @@ def schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
 
 
 def lr_group(path: tuple) -> str:
-    """Learning-rate group of the parameter at `path`: `backbone`, `offsets` or `base`."""
+    """Learning-rate group of the parameter at `path`: `backbone`, `offsets` or `base`.
+
+    DETR's learned position encodings are in the backbone's group: there they are a part of it, `backbone.1`.
+    """
     names = {str(getattr(part, "key", part)) for part in path}
-    if "backbone" in names:
+    if names & {"backbone", "row_embed", "col_embed"}:
         return "backbone"
     return "offsets" if names & {"sampling_offsets", "reference_points"} else "base"
 

@@ -452,4 +452,15 @@ def summary(run: Run, state: State, start: int) -> str:
         f"output      {config.train.output_dir}" + (f", resuming at step {start}" if start else ""),
     ]
     indexes = {"train": run.train_index, "val": run.val_index}
-    return "\n".join(lines + [f"  {name}: {line}" for name, index in indexes.items() for line in index.report])
+    lines += [f"  {name}: {line}" for name, index in indexes.items() for line in index.report]
+    return "\n".join(lines + [f"  {name}: {line}" for name, index in indexes.items() for line in crowded(run, index)])
+
+
+def crowded(run: Run, index: DatasetIndex) -> list[str]:
+    """A line that warns of images with more boxes than the model has queries, if there are any."""
+    queries, number = run.config.model.num_queries, [len(labels) for labels in index.labels]
+    too_many = sum(n > queries for n in number)
+    return [
+        f"WARNING: {too_many} images have more boxes than model.num_queries={queries}: those that are left over are "
+        f"never found. At most {max(number)} boxes are in an image: pass --model.num-queries {max(number)} or more"
+    ] * (too_many > 0)

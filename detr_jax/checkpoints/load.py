@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -73,28 +74,46 @@ def describe_run(config: Config, categories: Categories) -> dict[str, Any]:
     }
 
 
-def load(path: str | os.PathLike[str], **facts: Any) -> Loaded:
+def load(path: str | os.PathLike[str], *, mask_padding: bool | None = None, **facts: Any) -> Loaded:
     """Reads a checkpoint of this project (a run's folder), or of another implementation: see `convert.load`.
 
     Args:
         path: file or folder.
+        mask_padding: `backbone.mask_padding` of the model: on, an image in any bucket gives what the official code
+            gives for it alone, without padding. `None` takes what the file says, and else off.
         facts: `dilation` and `num_heads`, for files that do not tell.
 
     Raises:
         FileNotFoundError: no such file or folder.
         ValueError: it does not fit a detector that this project has; says what does not.
     """
+    loaded = _read(path, **facts)
+    if mask_padding is not None:
+        loaded = set_mask_padding(loaded, mask_padding)
+    tensors = {".".join(map(str, name)): leaf for name, leaf in nnx.to_flat_state(nnx.state(loaded.model))}
+    loaded.report = "\n  ".join([loaded.report, *not_finite(tensors)])
+    return loaded
+
+
+def not_finite(tensors: Mapping[str, Any]) -> list[str]:
+    """A line that warns of tensors that hold NaN or infinity, if there are any."""
+    bad = [name for name, leaf in tensors.items() if not np.isfinite(np.asarray(leaf[...])).all()]
+    more = f" and {len(bad) - 3} more" * (len(bad) > 3)
+    return [f"WARNING: NaN or infinity in {', '.join(bad[:3])}{more}: what it detects means nothing"] * bool(bad)
+
+
+def _read(path: str | os.PathLike[str], **facts: Any) -> Loaded:
     if not Path(path).exists():
         raise NotFoundError(f"{path}: no such file or folder; expected a checkpoint")
     if not is_ours(path):
         found = convert.load(Path(path), **facts)
-        classification = "softmax" if isinstance(found.config, DETRConfig) else "focal"
+        classification = found.config.classification
         return Loaded(found.config, found.model, found.categories, classification, 800, 1333, found.report)
     from detr_jax.checkpoints import store
 
     step = store.best_or_latest(str(path))
     saved = store.read_metadata(str(path), step)
-    config = from_dict(saved["config"], saved["model"])
+    config = from_dict(saved["config"], saved["model"], path)
     with jax.set_mesh(mesh := sharding.make_mesh(1)):
         model = nnx.merge(*restore_model(str(path), step, config, mesh))
     categories = Categories(tuple(saved["category_ids"]), tuple(saved["category_names"]))
@@ -110,6 +129,15 @@ def load(path: str | os.PathLike[str], **facts: Any) -> Loaded:
         report,
         max_source_side=data.max_source_side,
     )
+
+
+def set_mask_padding(loaded: Loaded, mask_padding: bool) -> Loaded:
+    """The same detector with `backbone.mask_padding` on or off; its parameters are the same ones."""
+    backbone = dataclasses.replace(loaded.config.backbone, mask_padding=mask_padding)
+    config = dataclasses.replace(loaded.config, backbone=backbone)
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))
+    report = f"{loaded.report}\n  padding {'masked' if mask_padding else 'not masked'}, as asked for"
+    return dataclasses.replace(loaded, config=config, model=nnx.merge(graphdef, nnx.state(loaded.model)), report=report)
 
 
 def is_ours(path: str | os.PathLike[str]) -> bool:

@@ -214,14 +214,15 @@ class DeformableDETR(MultiScaleEncoder):
             xavier = nnx.initializers.xavier_uniform()
             zeros = nnx.initializers.zeros
             self.reference_points = linear(c, 2, kernel_init=xavier, bias_init=zeros, rngs=rngs)
-        # Separate heads a layer with refinement (one more for the proposals), one for all layers without.
+        # With refinement a head per layer (one more for the proposals), all starting as the same; else one for all.
         heads = config.decoder_heads + config.two_stage
-        self.class_embed = nnx.List(make_class_embed(c, config.num_classes, rngs=rngs) for _ in range(heads))
-        self.bbox_embed = nnx.List(
+        class_embed = make_class_embed(c, config.num_classes, rngs=rngs)
+        bbox_embed = make_bbox_embed(c, size_bias=0.0, rngs=rngs)
+        self.class_embed = nnx.List(nnx.clone(class_embed) for _ in range(heads))
+        self.bbox_embed = nnx.List(nnx.clone(bbox_embed) for _ in range(heads))
+        if not config.two_stage:
             # The first box of a query is small: e^-2 in w and h. Refined layers and proposals start from their anchor.
-            make_bbox_embed(c, size_bias=-2.0 if i == 0 and not config.two_stage else 0.0, rngs=rngs)
-            for i in range(heads)
-        )
+            self.bbox_embed[0].layers[-1].bias = nnx.Param(jnp.array([0.0, 0.0, -2.0, -2.0]))
 
     def __call__(self, images: jax.Array, sizes: jax.Array, rngs: nnx.Rngs | None = None) -> dict:
         """Detect.

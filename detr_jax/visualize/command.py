@@ -421,6 +421,9 @@ def _check_out(out: str) -> None:
     """Before anything is computed."""
     if not out.lower().endswith(_SUFFIXES):
         raise UserError(f"--out {out}: expected a file that ends with {', '.join(_SUFFIXES)}")
+    blocked = [place for place in Path(out).parents if place.exists() and not place.is_dir()]
+    if blocked or Path(out).is_dir():
+        raise UserError(f"--out {out}: {blocked[0] if blocked else out} is a {'file' if blocked else 'folder'}")
 
 
 def _write(figure: "Figure | Image.Image", out: str) -> None:
@@ -467,7 +470,7 @@ def _annotated(
     data = DataConfig()
     if is_ours(checkpoint):
         saved = store.read_metadata(checkpoint)
-        data = from_dict(saved["config"], saved["model"]).data
+        data = from_dict(saved["config"], saved["model"], checkpoint).data
     if root is not None:
         data = DataConfig(root=root)
     if not data.root and data.tfds is None:

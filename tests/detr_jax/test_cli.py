@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from detr_jax import cli
-from detr_jax.config import Config, DeformableDETRConfig, DETRConfig, from_dict
+from detr_jax.config import Config, DeformableDETRConfig, DETRConfig, LossConfig, from_dict
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -89,7 +89,9 @@ def test_scripts_end_with_a_message_not_a_traceback(tmp_path):
         assert expected in result.stderr and "Traceback" not in result.stderr, result.stderr
 
 
-@pytest.mark.parametrize("config", [tiny.config(), Config(model=DETRConfig.r50_dc5())], ids=["deformable", "detr"])
+@pytest.mark.parametrize(
+    "config", [tiny.config(), Config(model=DETRConfig.r50_dc5(), loss=LossConfig.detr())], ids=["deformable", "detr"]
+)
 def test_configuration_survives_json(config):
     import dataclasses
     import json
