@@ -294,7 +294,8 @@ def convert(
     if naming == "ours":
         loaded.save(target)
     else:
-        save(target, loaded.model, loaded.config, loaded.categories, detrex=naming == "detrex")
+        sizes = {"scale": loaded.scale, "max_size": loaded.max_size}
+        save(target, loaded.model, loaded.config, loaded.categories, detrex=naming == "detrex", **sizes)
     print(f"wrote {target}, {naming} names")
 
 

@@ -498,10 +498,11 @@ class TrainConfig:
     output_dir: str = "runs/default"
     """Checkpoints, logs and pictures. The same command again resumes from the newest checkpoint in it."""
     init_backbone: str | None = None
-    """Start from torchvision's ResNet weights in this `.safetensors` or `.pth` file (for `norm="frozen_batch"`)."""
+    """Start from these ResNet weights (for `norm="frozen_batch"`): a `.safetensors` or `.pth` file with torchvision's
+    names, or a name on the Hugging Face hub such as `timm/resnet50.tv_in1k`."""
     init_from: str | None = None
-    """Fine-tune: start from this checkpoint, ours or another implementation's. With other classes than the data's, its
-    class heads alone are initialized anew."""
+    """Fine-tune: start from this checkpoint, ours or another implementation's, or one on the Hugging Face hub by its
+    name. Classes are mapped by name; those that it does not have start anew."""
     batch_size: int = 32
     """Global batch over all devices and hosts."""
     epochs: int = 50

@@ -138,11 +138,13 @@ class Detector:
         """The detector of a checkpoint: of this project, official, `transformers`, detrex or mmdetection.
 
         Args:
-            path: file or folder.
+            path: file or folder, or a name on the Hugging Face hub such as `facebook/detr-resnet-50`.
             verbose: print what was read.
-            options: `dilation`, `num_heads` and `mask_padding` for `load`, the others for `Detector`.
+            options: `dilation`, `num_heads`, `mask_padding`, `revision` and `token` for `load`, the others for
+                `Detector`.
         """
-        facts = {name: options.pop(name) for name in ("dilation", "num_heads", "mask_padding") if name in options}
+        names = ("dilation", "num_heads", "mask_padding", "revision", "token")
+        facts = {name: options.pop(name) for name in names if name in options}
         loaded = load(path, **facts)
         if verbose:
             print(loaded.report)

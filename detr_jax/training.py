@@ -224,7 +224,8 @@ def prepare(config: Config) -> Run:
     mesh = sharding.make_mesh()
     sharding.host_rows(config.train.batch_size, mesh)  # raises before the data is read
     train_index = load_split(config.data, "train")
-    val_index = load_split(config.data, "val", category_ids=train_index.category_ids)
+    categories = Categories(train_index.category_ids, train_index.category_names)
+    val_index = load_split(config.data, "val", categories)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=train_index.num_classes))
     sampler = TrainSampler(train_index, config.data, config.train.batch_size, config.train.seed)
     eval_sampler = EvalSampler(val_index, config.data, config.train.batch_size)

@@ -16,7 +16,8 @@ from etils.epath import Path, PathLike
 from flax import nnx
 
 from detr_jax.categories import Categories
-from detr_jax.checkpoints.files import Tensors, read_tensors
+from detr_jax.checkpoints import hub
+from detr_jax.checkpoints.files import MEAN, STD, Tensors, read_tensors
 from detr_jax.checkpoints.key_maps import (
     DETREX_DINO,
     HF_DEFORMABLE,
@@ -41,6 +42,13 @@ OFFICIAL = {DETRConfig: OFFICIAL_DETR, DeformableDETRConfig: OFFICIAL_DEFORMABLE
 
 # Our leaves -> PyTorch's.
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+# What files hold besides a detector's weights.
+_NO_WEIGHTS = {
+    r"num_batches_tracked$": "BatchNorm's step counters",
+    r"(^|\.)total_(ops|params)$": "counts of a profiler (total_ops, total_params)",
+    r"(^|\.)data_preprocessor\.": "image statistics (data_preprocessor)",
+    r"(^|\.)(criterion\.|loss_cls\.).*|(^|\.)empty_weight$": "weights of the loss (criterion)",
+}
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -53,9 +61,15 @@ class Pretrained:
     categories: Categories
     report: str
     """What was read, for people."""
+    scale: int = 800
+    """Images' shorter side is resized to this, in pixels."""
+    max_size: int = 1333
+    """... unless the longer one would become longer than this."""
 
 
-def load(path: PathLike, *, dilation: bool | None = None, num_heads: int | None = None) -> Pretrained:
+def load(
+    path: PathLike, *, dilation: bool | None = None, num_heads: int | None = None, name: str | None = None
+) -> Pretrained:
     """A detector from another implementation's checkpoint; the variant is inferred from the tensors.
 
     Reads `.pth` and `.safetensors` files and folders of `transformers`: see `KEY_MAPS`. Two things leave no trace in
@@ -65,34 +79,80 @@ def load(path: PathLike, *, dilation: bool | None = None, num_heads: int | None 
         path: file or folder.
         dilation: DC5 or not; `None` takes what the file says, and else looks for "dc5" in its name.
         num_heads: `None` takes what the file says, and else 8, as all the published models have.
+        name: what it is called in the report; `None` is the path.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not a checkpoint of a detector that this project has; names the first tensors that do not fit.
     """
     tensors, facts = read_tensors(path)
-    key_map, found, notes = translate(tensors, str(path))
+    key_map, found, notes = translate(tensors, str(path), facts.get("notes", ()))
     facts |= {k: v for k, v in {"dilation": dilation, "num_heads": num_heads}.items() if v is not None}
     if "dilation" not in facts:
         facts["dilation"] = "dc5" in Path(path).name.lower()
         notes.append(f"DC5: {'yes' if facts['dilation'] else 'no'}, by the file's name (tensors do not tell)")
     if key_map is DETREX_DINO:
         facts = {"position_temperature": 10000.0, "half_pixel": True, **facts}
-    config = facts.get("config") or infer_config(found, facts)
+    try:
+        config = facts.get("config") or infer_config(found, facts)
+    except KeyError as error:
+        lacks = f"no {error.args[0]} among {len(found)} tensors"
+        raise UserError(f"{path}: {key_map.title}, but not a whole detector: {lacks}") from error
     model, more = assemble(config, found, str(path))
-    categories = facts.get("categories") or Categories.guess(config.num_classes)
-    notes = [f"{path}: {key_map.title}, {len(tensors)} tensors; {describe(config)}", *notes, *more]
-    return Pretrained(config, model, categories, "\n  ".join(notes))
+    categories = facts.get("categories")
+    if categories is None:
+        categories = Categories.guess(config.num_classes)
+        what = "numbered" if categories.names[0] == "class 0" else "COCO's, by the number of outputs"
+        more.append(f"the file does not name its {config.num_classes} classes: {what}")
+    if len(categories.ids) != config.num_classes:
+        raise UserError(f"{path}: {len(categories.ids)} class names for {config.num_classes} outputs of the class head")
+    notes = [f"{name or path}: {key_map.title}, {len(tensors)} tensors; {describe(config)}", *notes, *more]
+    sizes = {name: facts[name] for name in ("scale", "max_size") if name in facts}
+    return Pretrained(config, model, categories, "\n  ".join(notes), **sizes)
 
 
-def translate(tensors: Tensors, what: str) -> tuple[KeyMap, Tensors, list[str]]:
+def unwrap(tensors: Tensors) -> tuple[Tensors, list[str]]:
+    """Tensors without what wrappers put before and between their names, and without those that are not of a detector.
+
+    Returns:
+        The tensors, and a note on each thing that was found.
+    """
+    notes = []
+    for pattern, reason in _NO_WEIGHTS.items():
+        ignored = [name for name in tensors if re.search(pattern, name)]
+        if ignored:
+            notes.append(f"{len(ignored)} ignored: {reason}")
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in ignored}
+    compiled = "_orig_mod."
+    if any(compiled in name for name in tensors):
+        tensors = {name.replace(compiled, ""): tensor for name, tensor in tensors.items()}
+        notes.append(f"{compiled!r} removed from names: saved from a compiled model")
+    while len(first := {name.partition(".")[0] for name in tensors}) == 1 and all("." in name for name in tensors):
+        prefix = f"{first.pop()}."
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        notes.append(f"all names begin with {prefix!r}, which is removed")
+    masks = [name for name in tensors if name.startswith(("bbox_attention.", "mask_head."))]
+    if masks and all(name.startswith("detr.") for name in tensors if name not in masks):
+        tensors = {name.removeprefix("detr."): tensor for name, tensor in tensors.items() if name not in masks}
+        notes.append(f"panoptic DETR: its detector is taken, {len(masks)} tensors of the mask head are left out")
+    return tensors, notes
+
+
+def translate(tensors: Tensors, what: str, notes: Sequence[str] = ()) -> tuple[KeyMap, Tensors, list[str]]:
     """Tensors under our names with PyTorch's leaves, in PyTorch's layout; tensors stored several times only once.
 
+    Args:
+        tensors: of a file.
+        what: its name, for the error.
+        notes: what is known of where in the file they were.
+
     Raises:
-        ValueError: no key_map has all the names; says which is nearest, and the first names that it lacks.
+        ValueError: no key map has all the names; says which is nearest, the first names that it lacks, and how the
+            names were wrapped.
     """
-    ignored = [name for name in tensors if name.endswith("num_batches_tracked")]
-    tensors = split_in_proj({name: tensor for name, tensor in tensors.items() if name not in ignored})
+    tensors, wrapped = unwrap(tensors)
+    notes = [*notes, *wrapped]
+    tensors = split_in_proj(tensors)
     best: tuple[KeyMap, dict[str, str], list[str]] | None = None
     for key_map in KEY_MAPS:
         rows = compile_rows(key_map.rows)
@@ -104,6 +164,7 @@ def translate(tensors: Tensors, what: str) -> tuple[KeyMap, Tensors, list[str]]:
     key_map, translated, unknown = best
     if unknown or not tensors:
         listed = "\n".join(f"  {name}: {list(tensors[name].shape)}" for name in unknown[:8])
+        listed += f"\nFound in the file: {'; '.join(notes)}." if notes else ""
         raise UserError(
             f"{what}: not a checkpoint of DETR, Deformable DETR or DINO that is known here. Nearest: {key_map.title}, "
             f"which has {len(translated)} of its {len(tensors)} tensors, but not\n{listed}\n"
@@ -118,11 +179,11 @@ def translate(tensors: Tensors, what: str) -> tuple[KeyMap, Tensors, list[str]]:
         if ours in found and not np.array_equal(found[ours], tensors[name]):
             raise UserError(f"{what}: {name} and another tensor both stand for {ours}, with different values")
         found[ours] = tensors[name]
-    notes = []
+    bad = [name for name, tensor in found.items() if not np.isfinite(tensor).all()]
+    if bad:
+        notes.append(f"WARNING: {len(bad)} tensors hold NaN or infinity, such as {bad[0]}: a broken checkpoint")
     if len(found) < len(tensors):
         notes.append(f"{len(tensors) - len(found)} tensors are stored twice (shared heads)")
-    if ignored:
-        notes.append(f"{len(ignored)} ignored: BatchNorm's step counters")
     # Without refinement, and in the official DINO, one head serves all layers, under as many names.
     layers = sorted({int(name.split(".")[1]) for name in found if re.match(r"bbox_embed\.\d+\.layers", name)})
     aliased = any("decoder.bbox_embed" in name for name in translated)
@@ -328,7 +389,9 @@ def to_theirs(tensor: np.ndarray, name: str, kernel: bool) -> np.ndarray:
 def load_backbone(
     path: str, config: BackboneConfig, params: Mapping[str, Any], buffers: Mapping[str, Any]
 ) -> tuple[dict, dict]:
-    """`params` and `buffers` of a detector with its backbone taken from torchvision's ResNet weights in `path`.
+    """`params` and `buffers` of a detector with its backbone taken from ResNet weights with torchvision's names.
+
+    `path` is a file, or a name on the Hugging Face hub such as `timm/resnet50.tv_in1k`, which has these names too.
 
     Where the backbone has deformable convolutions and the file has not, they start as the file's convolutions: their
     offsets stay as they are (new ones are zero), and version 2's kernels are doubled (`DeformConv`).
@@ -339,7 +402,7 @@ def load_backbone(
     """
     if "mean" not in buffers.get("backbone", {}).get("stem_norm", {}):
         raise UserError(f"{path}: torchvision's weights are for model.backbone.norm='frozen_batch', got 'group'")
-    tensors, _ = read_tensors(path)
+    tensors, _ = read_tensors(hub.locate(path))
     # The classifier and BatchNorm's step counters have no place in a detector.
     unused = {name for name in tensors if not name.startswith("fc.") and not name.endswith("num_batches_tracked")}
     rows = compile_rows((ours, theirs) for theirs, ours in TORCHVISION)
@@ -376,7 +439,14 @@ def load_backbone(
 
 # --- writing ---------------------------------------------------------------------------------------------------------
 def save(
-    path: PathLike, model: nnx.Module, config: ModelConfig, categories: Categories, *, detrex: bool = False
+    path: PathLike,
+    model: nnx.Module,
+    config: ModelConfig,
+    categories: Categories,
+    *,
+    detrex: bool = False,
+    scale: int = 800,
+    max_size: int = 1333,
 ) -> None:
     """Writes a model for other implementations; float32, exact.
 
@@ -394,7 +464,7 @@ def save(
 
     path = Path(path)
     if detrex and not isinstance(config, DINOConfig):
-        raise ValueError(f"{path}: only DINO is written with detrex's names; use the official ones")
+        raise UserError(f"{path}: only DINO is written with detrex's names; use the official ones")
     if path.suffix == ".safetensors":
         key_map = DETREX_DINO if detrex else OFFICIAL[type(config)]
         file = path
@@ -407,12 +477,15 @@ def save(
         text = json.dumps(transformers_config(config, categories), indent=2)
         path.mkdir(parents=True, exist_ok=True)
         (path / "config.json").write_text(text)
+        (path / "preprocessor_config.json").write_text(json.dumps(preprocessor_config(scale, max_size), indent=2))
     written = dataclasses.replace(config, shared_heads=False) if isinstance(config, DINOConfig) and detrex else config
     facts = {
         "model": type(config).__name__,
         "config": dataclasses.asdict(written),
         "category_ids": categories.ids,
         "category_names": categories.names,
+        "scale": scale,
+        "max_size": max_size,
     }
     tensors = export(model, config, key_map)
     save_file(
@@ -446,7 +519,7 @@ def export(model: nnx.Module, config: ModelConfig, key_map: KeyMap) -> Tensors:
             translations = [t for t in rename(alias, rows) if _stored(t, config)]
             primary = translations[:1] + [t for t in translations[1:] if ".decoder." in t and "_embed." in t]
             if not primary:
-                raise ValueError(f"{key_map.title} has no name for {name}")
+                raise UserError(f"{key_map.title} has no name for {name}")
             result |= dict.fromkeys(primary, tensor)
     return fused(result) if key_map in OFFICIAL.values() or key_map is DETREX_DINO else result
 
@@ -469,6 +542,22 @@ def fused(tensors: Tensors) -> Tensors:
             names = (f"{part[1]}{p}_proj.{part[3]}" for p in "qkv")
             result[f"{part[1]}in_proj_{part[3]}"] = np.concatenate([tensors[n] for n in names])
     return result
+
+
+def preprocessor_config(scale: int, max_size: int) -> dict[str, Any]:
+    """`preprocessor_config.json` of `transformers`: how images are prepared, of which `read_tensors` reads it."""
+    return {
+        "image_processor_type": "DetrImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": scale, "longest_edge": max_size},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(MEAN),
+        "image_std": list(STD),
+        "do_pad": True,
+    }
 
 
 def transformers_config(config: ModelConfig, categories: Categories) -> dict[str, Any]:

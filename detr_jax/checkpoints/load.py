@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -12,7 +12,7 @@ from flax import nnx
 
 from detr_jax import sharding
 from detr_jax.categories import Categories
-from detr_jax.checkpoints import convert
+from detr_jax.checkpoints import convert, hub
 from detr_jax.config import (
     Config,
     DataConfig,
@@ -74,20 +74,29 @@ def describe_run(config: Config, categories: Categories) -> dict[str, Any]:
     }
 
 
-def load(path: str | os.PathLike[str], *, mask_padding: bool | None = None, **facts: Any) -> Loaded:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    mask_padding: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    **facts: Any,
+) -> Loaded:
     """Reads a checkpoint of this project (a run's folder), or of another implementation: see `convert.load`.
 
     Args:
-        path: file or folder.
+        path: file or folder, or a name on the Hugging Face hub such as `facebook/detr-resnet-50`.
         mask_padding: `backbone.mask_padding` of the model: on, an image in any bucket gives what the official code
             gives for it alone, without padding. `None` takes what the file says, and else off.
+        revision: branch, tag or commit there; `None` is `main`. `owner/name@revision` says it too.
+        token: of the hub; `None` takes the stored one, or `HF_TOKEN`.
         facts: `dilation` and `num_heads`, for files that do not tell.
 
     Raises:
         FileNotFoundError: no such file or folder.
         ValueError: it does not fit a detector that this project has; says what does not.
     """
-    loaded = _read(path, **facts)
+    loaded = _read(path, revision=revision, token=token, **facts)
     if mask_padding is not None:
         loaded = set_mask_padding(loaded, mask_padding)
     tensors = {".".join(map(str, name)): leaf for name, leaf in nnx.to_flat_state(nnx.state(loaded.model))}
@@ -102,13 +111,15 @@ def not_finite(tensors: Mapping[str, Any]) -> list[str]:
     return [f"WARNING: NaN or infinity in {', '.join(bad[:3])}{more}: what it detects means nothing"] * bool(bad)
 
 
-def _read(path: str | os.PathLike[str], **facts: Any) -> Loaded:
-    if not Path(path).exists():
+def _read(path: str | os.PathLike[str], *, revision: str | None, token: str | None, **facts: Any) -> Loaded:
+    where = hub.locate(path, revision=revision, token=token)
+    if not where.exists():
         raise NotFoundError(f"{path}: no such file or folder; expected a checkpoint")
-    if not is_ours(path):
-        found = convert.load(Path(path), **facts)
+    if not is_ours(where):
+        found = convert.load(where, name=hub.describe(path, where), **facts)
         classification = found.config.classification
-        return Loaded(found.config, found.model, found.categories, classification, 800, 1333, found.report)
+        model, categories = found.model, found.categories
+        return Loaded(found.config, model, categories, classification, found.scale, found.max_size, found.report)
     from detr_jax.checkpoints import store
 
     step = store.best_or_latest(str(path))
@@ -152,7 +163,10 @@ def is_ours(path: str | os.PathLike[str]) -> bool:
 def initialize_from(
     path: str | os.PathLike[str], config: ModelConfig, categories: Categories, params: dict, buffers: dict
 ) -> tuple[dict, dict, str]:
-    """Parameters and buffers of a new model, taken from a checkpoint; the class heads only if it has the same classes.
+    """Parameters and buffers of a new model, taken from a checkpoint; of the class heads, the rows of the same classes.
+
+    Classes are the same by name, whatever their numbers. A checkpoint that names none is taken by its ids, if they are
+    those of the data; else all class heads start anew.
 
     Adapters (`config.tune`) that the checkpoint does not have start anew.
 
@@ -170,7 +184,9 @@ def initialize_from(
         ValueError: the models differ in more than their classes; says in which fields.
     """
     source = load(path, dilation=config.backbone.dilation, num_heads=config.num_heads)
-    same_classes = source.config.num_classes == config.num_classes and source.categories.ids == categories.ids
+    found_classes = categories.match(source.categories)
+    if "by id" in found_classes.how and source.categories.ids != categories.ids:
+        found_classes = found_classes.named()
     theirs = {tuple(leaf_path): leaf for leaf_path, leaf in nnx.to_flat_state(nnx.state(source.model))}
     loaded, anew, problems = 0, [], []
 
@@ -178,7 +194,14 @@ def initialize_from(
         nonlocal loaded
         keys = tuple(part.key for part in location[1:])
         found = theirs.pop(keys, None)
-        if (keys[0] in ("class_embed", "label_embed") and not same_classes) or (found is None and "lora" in keys):
+        rows = None
+        if found is not None and keys[0] in ("class_embed", "label_embed"):
+            rows, axis = class_rows(source.config, found_classes.labels, keys)
+            found = np.take(found[...], np.maximum(rows, 0), axis)
+            if found.shape == leaf.shape:
+                new = np.expand_dims(rows < 0, [i for i in range(found.ndim) if i != axis % found.ndim])
+                found = np.where(new, np.asarray(leaf), found)
+        if (found is None and "lora" in keys) or (rows is not None and (rows < 0).all()):
             anew.append(".".join(map(str, keys)))
             return leaf
         if found is None or found.shape != leaf.shape:
@@ -204,7 +227,25 @@ def initialize_from(
             f"{convert.describe(source.config)}.\n" + "\n".join(differ + problems[:8])
         )
     report = [source.report, f"  loaded {loaded} tensors, initialized anew: {', '.join(sorted(anew)) or 'none'}"]
-    return new_params, new_buffers, "\n".join(report)
+    return new_params, new_buffers, "\n".join([*report, f"  {found_classes}"])
+
+
+def class_rows(config: ModelConfig, labels: Sequence[int], path: Sequence[Any]) -> tuple[np.ndarray, int]:
+    """For each slice of a tensor with one per class, the old one that it is (-1 is a new one), and the axis of them.
+
+    Args:
+        config: of the old model.
+        labels: for each new class, the old label; -1 is a new class.
+        path: of a tensor of `class_embed` or `label_embed`.
+    """
+    if path[0] == "label_embed":
+        return np.array([*labels, config.num_classes]), 0  # the last row is never read
+    if isinstance(config, DETRConfig):
+        return np.array([*labels, config.num_classes]), -1  # no-object class
+    if config.two_stage and not isinstance(config, DINOConfig) and path[1] == config.decoder_layers:
+        # Output 0 ranks the proposals, whatever class it is named after. (DINO ranks them by their best class.)
+        return np.array([0, *(label if label != 0 else -1 for label in labels[1:])]), -1
+    return np.array(labels), -1
 
 
 def restore_model(

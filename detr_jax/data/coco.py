@@ -64,7 +64,6 @@ def load_coco(
     *,
     on_bad_image: OnBad = "error",
     on_bad_annotation: OnBad = "error",
-    category_ids: Sequence[int] | None = None,
 ) -> DatasetIndex:
     """Reads a COCO annotations file and the header of each of its images.
 
@@ -73,23 +72,51 @@ def load_coco(
         images: folder that `file_name` is relative to.
         on_bad_image: `error`, or `skip` and report.
         on_bad_annotation: `error`, or `skip` and report.
-        category_ids: label -> category id of a checkpoint; `None` takes all the categories of the file, sorted by id.
 
     Raises:
         DataError: see the table above.
     """
     path = Path(annotations)
-    content = read_annotations(path)
+    return index_content(
+        read_annotations(path), path, Path(images), on_bad_image=on_bad_image, on_bad_annotation=on_bad_annotation
+    )
+
+
+def index_content(
+    content: Mapping[str, Any],
+    path: Path,
+    images: Path,
+    *,
+    on_bad_image: OnBad,
+    on_bad_annotation: OnBad,
+    problems: Sequence[str] = (),
+    notes: Sequence[str] = (),
+) -> DatasetIndex:
+    """The index of what a reader found, checked: `images`, `annotations` and `categories` as in a COCO file.
+
+    Args:
+        content: what was found.
+        path: where, for messages.
+        images: folder that `file_name` is relative to.
+        on_bad_image: `error`, or `skip` and report.
+        on_bad_annotation: `error`, or `skip` and report.
+        problems: of annotations that the reader could not read.
+        notes: of the reader, for the report.
+
+    Raises:
+        DataError: see the table above.
+    """
     annotated = "annotations" in content
     records = {record["id"]: record for record in content["images"]}
     # A name is one line: it becomes a caption, a row of a table, a name of a metric.
     names_of = {category["id"]: " ".join(str(category["name"]).split()) for category in content["categories"]}
-    ids = tuple(sorted(names_of) if category_ids is None else (int(i) for i in category_ids))
-    names = tuple(names_of.get(i, f"category {i}") for i in ids)
+    ids = tuple(sorted(names_of))
+    names = tuple(names_of[i] for i in ids)
 
-    good_images, turned, image_problems = _check_images(records, Path(images))
+    good_images, turned, image_problems = _check_images(records, images)
     sizes_of = {i: _size(record) for i, record in records.items()}
-    found, problems = judge(content.get("annotations", []), sizes_of, ids, path)
+    found, unfit = judge(content.get("annotations", []), sizes_of, ids, path)
+    problems = [*problems, *unfit]
     raise_or_skip(path, on_bad_image, image_problems, on_bad_annotation, problems)
     if not good_images:
         raise DataError(f"{path}: images: all {len(records)} were skipped; the first: {image_problems[0]}")
@@ -107,13 +134,14 @@ def load_coco(
         annotated=annotated,
         report=(
             f"{path}: {len(good_images)} images, {sum(map(len, labels))} boxes, {len(ids)} categories",
+            *notes,
             *(report if annotated else ["no annotations: for detecting alone"]),
             *[f"{turned} images turned upright, by EXIF's orientation"] * (turned > 0),
             *[f"{len(renamed)} category names read with single spaces, such as {name!r}" for name in renamed[:1]],
             *skip_report("images", image_problems),
             *skip_report("annotations", problems),
         ),
-        names=tuple(str(Path(images) / records[i]["file_name"]) for i in good_images),
+        names=tuple(str(images / records[i]["file_name"]) for i in good_images),
         read=lambda i: Path(index.names[i]).read_bytes(),
         read_ground_truth=lambda: kept.ground_truth([records[i] for i in good_images], ids, names),
     )

@@ -5,7 +5,6 @@ those of TFDS, 0 to k - 1, and so are the category ids: those of `coco/2017` are
 """
 
 import io
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,6 @@ def load_tfds(
     *,
     on_bad_image: OnBad = "error",
     on_bad_annotation: OnBad = "error",
-    category_ids: Sequence[int] | None = None,
 ) -> DatasetIndex:
     """Reads the metadata of a prepared TFDS data set with features `image` and `objects` (`bbox`, `label`).
 
@@ -47,18 +45,12 @@ def load_tfds(
         data_dir: `None` is the TFDS default.
         on_bad_image: see `DataConfig`.
         on_bad_annotation: see `DataConfig`.
-        category_ids: label -> category id of a checkpoint; must be 0 to k - 1.
 
     Raises:
         DataError: not prepared, not as ArrayRecord files, other features, or bad content: see `detr_jax.data.coco`.
     """
     source, names = _open(name, split, data_dir)
     ids = tuple(range(len(names)))
-    if category_ids is not None and tuple(category_ids) != ids:
-        raise DataError(
-            f"data.tfds {name!r}: category ids of the checkpoint: got {tuple(category_ids)[:10]}..., expected 0 to "
-            f"{len(ids) - 1}; a checkpoint of a COCO folder needs that folder's annotations (data.root)"
-        )
     positions, keys, sizes, entries, image_problems, box_problems = [], [], [], [], [], []
     images: list[dict[str, Any]] = []
     for position in tqdm(range(len(source)), f"reading {name}", delay=2, unit=" examples"):

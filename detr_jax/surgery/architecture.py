@@ -9,8 +9,8 @@ from flax import nnx
 
 from detr_jax.categories import Categories
 from detr_jax.checkpoints.convert import describe, describe_backbone, load_backbone
-from detr_jax.checkpoints.load import Loaded
-from detr_jax.config import BackboneConfig, DeformableDETRConfig, DETRConfig, DINOConfig, ModelConfig
+from detr_jax.checkpoints.load import Loaded, class_rows
+from detr_jax.config import BackboneConfig, DeformableDETRConfig, DINOConfig, ModelConfig
 from detr_jax.errors import UserError
 from detr_jax.models import DINO, DeformableDETR, DeformableEncoder, DETREncoder, split
 from detr_jax.models.deform_conv import plain_kernel_factor
@@ -56,19 +56,12 @@ def change_classes(
                 raise UserError(f"same_as: {name!r} is none of the {which} classes: {', '.join(known.names)}")
     old = {name: label for label, name in enumerate(loaded.categories.names) if name != "N/A"}
     index = [old.get(same_as.get(name, name), -1) for name in categories.names]
-    softmax = isinstance(loaded.config, DETRConfig)
-    head = np.array([*index, loaded.config.num_classes] if softmax else index)
-    ranking = np.array([0, *(i if i != 0 else -1 for i in index[1:])])
-    # DINO ranks proposals by their best class, whichever it is.
-    two_stage = isinstance(loaded.config, DeformableDETRConfig) and loaded.config.two_stage
-    last = loaded.config.decoder_layers if two_stage and not isinstance(loaded.config, DINOConfig) else None
 
     def rule(path: Path) -> Origin:
-        if path == ("label_embed",):
-            return Origin(path, np.array([*index, loaded.config.num_classes]), axis=0)
-        if path[0] != "class_embed":
+        if path[0] not in ("class_embed", "label_embed"):
             return Origin(path)
-        return Origin(path, ranking if path[1] == last else head)
+        rows, axis = class_rows(loaded.config, index, path)
+        return Origin(path, rows, axis=axis)
 
     kept = [name for name, i in zip(categories.names, index, strict=True) if i >= 0]
     gone = [name for name, i in old.items() if i not in index]

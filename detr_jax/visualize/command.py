@@ -475,7 +475,7 @@ def _annotated(
         data = DataConfig(root=root)
     if not data.root and data.tfds is None:
         raise UserError(f"{checkpoint} does not say what it was trained on: pass --data-root FOLDER, in COCO's format")
-    index = load_split(data, "val", category_ids=detector.categories.ids)
+    index = load_split(data, "val", detector.categories)
     names = [Path(index.name(i)).name for i in range(len(index))]
     if image is None:
         return detector, index, 0

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from detr_jax import sharding
 from detr_jax.config import DataConfig
@@ -67,6 +68,48 @@ def test_ap_of_each_class_averages_to_ap(data_dir):
     assert np.mean(known) == pytest.approx(scores.AP, abs=1e-12)
     assert scores.per_class["donut"] == -1  # has no box among these images
     assert "person" in scores.table() and "toothbrush" in scores.table()
+
+
+def pycocotools_numbers(truth: dict, results: list[dict]) -> np.ndarray:
+    """The twelve numbers of pycocotools itself."""
+    sets = []
+    for boxes in (truth["annotations"], results):
+        coco = COCO()
+        rows = [{"iscrowd": 0, "area": b["bbox"][2] * b["bbox"][3], **b, "id": n} for n, b in enumerate(boxes, 1)]
+        coco.dataset = truth | {"annotations": rows}
+        coco.createIndex()
+        sets.append(coco)
+    evaluation = COCOeval(*sets, "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return evaluation.stats
+
+
+@pytest.mark.parametrize("case", ["crowds and areas", "ties", "only crowd", "no area", "more than 100"])
+def test_the_numbers_are_those_of_pycocotools(case):
+    rng = np.random.default_rng(len(case))
+    truth = {"images": [{"id": i} for i in range(12)], "categories": [{"id": i, "name": f"c{i}"} for i in (3, 1, 80)]}
+    annotations, results = [], []
+    for image in range(12):
+        for _ in range(rng.integers(0, 7)):
+            # Sides and areas at the very bounds of small, medium and large too.
+            side, area = rng.choice([10, 32, 96, 200]), rng.choice([32**2, 96**2, 500, 0])
+            box = [*rng.uniform(0, 300, 2).tolist(), float(side), 0.0 if case == "no area" else float(side)]
+            crowd = int(case == "only crowd" or rng.random() < 0.3)
+            label = {"image_id": image, "category_id": int(rng.choice([1, 3, 80]))}
+            annotations.append(label | {"bbox": box, "area": float(area), "iscrowd": crowd})
+            for scale in rng.uniform(0.8, 1.25, (2, 4)):
+                results.append(label | {"bbox": (scale * box).tolist(), "score": float(rng.random())})
+        for _ in range(120 if case == "more than 100" else 6):
+            box = [*rng.uniform(0, 300, 2).tolist(), *rng.uniform(1, 200, 2).tolist()]
+            results.append({"image_id": image, "category_id": 3, "bbox": box, "score": float(rng.random())})
+    if case == "ties":
+        results = [result | {"score": round(result["score"], 1)} for result in results]
+    truth["annotations"] = annotations
+    expected = pycocotools_numbers(truth, results)
+    # The same float64 sums in the same order.
+    np.testing.assert_allclose([getattr(score(truth, results), name) for name in NAMES], expected, rtol=0, atol=1e-12)
 
 
 def test_bare_ground_truth(index):

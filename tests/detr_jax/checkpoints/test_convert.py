@@ -1,6 +1,7 @@
 """Other implementations' checkpoints: every tensor finds its place, both ways, or is named."""
 
 import dataclasses
+import json
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -17,7 +18,7 @@ from safetensors.numpy import save_file
 from detr_jax.categories import Categories
 from detr_jax.checkpoints import convert, key_maps
 from detr_jax.checkpoints.convert import load_backbone
-from detr_jax.checkpoints.files import read_tensors
+from detr_jax.checkpoints.files import read_tensors, weight_files
 from detr_jax.config import BackboneConfig, DeformableDETRConfig, DETRConfig
 from detr_jax.models import build, split
 
@@ -344,7 +345,7 @@ def test_what_transformers_lacks_is_refused(tmp_path):
 def test_pth_without_pytorch_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "r50.pth").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"r50\.pth: reading \.pth takes PyTorch: pip install torch"):
+    with pytest.raises(ValueError, match=r"r50\.pth: reading \.pth needs PyTorch: pip install torch"):
         convert.load(tmp_path / "r50.pth")
 
 
@@ -357,7 +358,128 @@ def test_categories_of_coco():
     assert Categories.guess(3).names == ("class 0", "class 1", "class 2")
 
 
-# --- files that take PyTorch ---
+@pytest.mark.parametrize(
+    ("wrap", "note"),
+    [
+        (lambda name: f"module.{name}", "all names begin with 'module.'"),
+        (lambda name: f"model._orig_mod.{name}", "all names begin with 'model.'"),
+        (lambda name: name.replace("transformer.", "transformer._orig_mod."), "'_orig_mod.' removed"),
+    ],
+)
+def test_wrapped_names(wrap, note):
+    config = MODELS["single_scale"]
+    tensors = convert.export(model_of(config), config, key_maps.OFFICIAL_DEFORMABLE)
+    extra = {"total_ops": np.zeros(1), "transformer.total_params": np.zeros(1), "criterion.empty_weight": np.ones(3)}
+    wrapped = {wrap(name): tensor for name, tensor in (tensors | extra).items()}
+    key_map, found, notes = convert.translate(wrapped, "x")
+    assert key_map is key_maps.OFFICIAL_DEFORMABLE and note in " ".join(notes)
+    assert "2 ignored: counts of a profiler" in " ".join(notes) and "1 ignored: weights of the loss" in " ".join(notes)
+    expected = convert.translate(tensors, "x")[1]
+    assert found.keys() == expected.keys()
+    with pytest.raises(ValueError, match=r"(?s)other\.x: \[2\].*Found in the file: .*in 'ema'.*'module\.'"):
+        others = {f"module.{name}": tensor for name, tensor in tensors.items()} | {"module.other.x": np.zeros(2)}
+        convert.translate(others, "x", ["weights in 'ema'"])
+
+
+def test_the_detector_of_panoptic_detr_and_parts_of_detectors():
+    config = MODELS["detr"]
+    tensors = convert.export(model_of(config), config, key_maps.OFFICIAL_DETR)
+    masks = {"mask_head.lay1.weight": np.zeros(2), "bbox_attention.q_linear.weight": np.zeros(2)}
+    found, notes = convert.translate({f"detr.{n}": t for n, t in tensors.items()} | masks, "x")[1:]
+    assert found.keys() == convert.translate(tensors, "x")[1].keys()
+    assert "panoptic DETR: its detector is taken, 2 tensors of the mask head are left out" in notes
+    broken = tensors | {"class_embed.bias": np.full(4, np.nan)}
+    assert "WARNING: 1 tensors hold NaN" in " ".join(convert.translate(broken, "x")[2])
+
+
+def test_a_backbone_and_encoder_alone_are_no_detector(tmp_path):
+    config = MODELS["detr"]
+    tensors = convert.export(model_of(config), config, key_maps.OFFICIAL_DETR)
+    save_file({n: t for n, t in tensors.items() if "decoder" not in n}, tmp_path / "part.safetensors")
+    with pytest.raises(ValueError, match=r"official DETR, but not a whole detector: no decoder\.0\.norm1\.weight"):
+        convert.load(tmp_path / "part.safetensors")
+
+
+@pytest.fixture
+def transformers_folder(tmp_path):
+    config = MODELS["single_scale"]
+    convert.save(tmp_path / "hf", model_of(config), config, CELLS, scale=480, max_size=640)
+    return tmp_path / "hf"
+
+
+def test_image_sizes_and_names_come_from_the_folder(transformers_folder):
+    path = transformers_folder / "preprocessor_config.json"
+    back = convert.load(transformers_folder)
+    assert (back.scale, back.max_size) == (480, 640) and back.categories.names == CELLS.names
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"size": 600, "max_size": 1000}))
+    assert read_tensors(transformers_folder)[1].items() >= {"scale": 600, "max_size": 1000}.items()
+    for change, message in (
+        ({"image_mean": [0.5, 0.5, 0.5]}, r"preprocessor_config\.json: image_mean: got \[0\.5, 0\.5, 0\.5\], expected"),
+        ({"size": {"height": 640, "width": 640}}, r"size: got .*, expected shortest_edge and longest_edge"),
+        ({"do_normalize": False}, "do_normalize: got False, expected True"),
+    ):
+        path.write_text(json.dumps(values | change))
+        with pytest.raises(ValueError, match=message):
+            read_tensors(transformers_folder)
+    config = transformers_folder / "config.json"
+    config.write_text(config.read_text()[:-9])
+    with pytest.raises(ValueError, match=r"config\.json: not JSON, or damaged"):
+        read_tensors(transformers_folder)
+
+
+def test_shards_are_those_of_the_index(transformers_folder):
+    single, index = (transformers_folder / name for name in ("model.safetensors", "model.safetensors.index.json"))
+    (transformers_folder / "model_old.safetensors").write_bytes(b"junk")
+    assert weight_files(transformers_folder) == [single]
+    index.write_text(json.dumps({"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}}))
+    single.rename(transformers_folder / "model-1-of-2.safetensors")
+    with pytest.raises(ValueError, match=r"names model-2-of-2\.safetensors, which is missing"):
+        weight_files(transformers_folder)
+
+
+# --- files that need PyTorch ---
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("wrap", "note"),
+    [
+        (lambda new, old: {"ema": new, "model": old}, "weights of 'ema', not of 'model'"),
+        (lambda new, old: {"ema": {"module": new, "updates": 3}, "model": old}, "weights of 'ema', not of 'model'"),
+        (lambda new, old: {"model_state_dict": new, "epoch": 3}, "weights in 'model_state_dict'"),
+        (lambda new, old: {"state_dict": {f"module.{k}": v for k, v in new.items()}}, "all names begin with 'module.'"),
+    ],
+)
+def test_wrapped_pth(wrap, note, tmp_path):
+    import argparse
+    import pathlib
+
+    import torch
+
+    config, model = MODELS["single_scale"], model_of(MODELS["single_scale"])
+    tensors = convert.export(model, config, key_maps.OFFICIAL_DEFORMABLE)
+    new = {name: torch.from_numpy(tensor.copy()) for name, tensor in tensors.items()}
+    args = argparse.Namespace(nheads=4, output_dir=pathlib.Path("out"), resume=None, num_queries=None)
+    torch.save(wrap(new, {k: v + 1 for k, v in new.items()}) | {"args": args}, tmp_path / "x.pth")
+    back = convert.load(tmp_path / "x.pth")
+    assert note in back.report
+    assert_same(back.model, model)
+
+
+@pytest.mark.parity
+def test_what_is_no_dict_of_tensors_is_said(tmp_path):
+    import torch
+
+    for content, message in (
+        ([torch.zeros(1)], "holds a list; expected a dict of tensors"),
+        (torch.zeros(1), "holds a Tensor; expected a dict of tensors"),
+        ({"a.b": torch.zeros(1, device="meta")}, r"1 tensors have no values .*such as a\.b"),
+        ({"a.b": torch.zeros(2).to(torch.float8_e4m3fn)}, r"not a checkpoint of .*"),
+    ):
+        torch.save(content, tmp_path / "x.pth")
+        with pytest.raises(ValueError, match=message):
+            convert.load(tmp_path / "x.pth")
 
 
 @pytest.mark.parity

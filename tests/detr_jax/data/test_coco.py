@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
+from detr_jax.categories import Categories
 from detr_jax.config import DataConfig
+from detr_jax.data.classes import relabel
 from detr_jax.data.coco import load_coco
 from detr_jax.data.splits import find_split, load_split
 from detr_jax.errors import DataError
@@ -71,11 +73,28 @@ def test_labels_are_sorted_category_ids_and_boxes_are_clipped(tmp_path):
 
 def test_categories_of_a_checkpoint(tmp_path):
     paths = write(tmp_path)
-    index = load_coco(*paths, category_ids=(70, 7, 99))
-    assert index.category_ids == (70, 7, 99) and index.category_names == ("cup", "boat", "category 99")
+    index = relabel(load_coco(*paths), Categories((70, 7, 99), ("cup", "boat", "kite")))
+    assert index.category_ids == (70, 7, 99) and index.category_names == ("cup", "boat", "kite")
     assert [labels.tolist() for labels in index.labels] == [[1], [0]]
-    with pytest.raises(DataError, match=r"annotations\[1\]\.category_id: got 7, expected one of the 1 categories 70"):
-        load_coco(*paths, category_ids=(70,))
+    with pytest.raises(DataError, match=r"1 boxes of category 'boat' \(id 7\), which the model does not have.* 70 cup"):
+        relabel(load_coco(*paths), Categories((70,), ("cup",)))
+    index = relabel(load_coco(*paths), Categories((70,), ("cup",)), "skip")
+    assert [labels.tolist() for labels in index.labels] == [[], [0]]
+    assert [a["category_id"] for a in index.ground_truth()["annotations"]] == [70]
+    assert "1 bad classes skipped" in index.report[-1]
+
+
+def test_classes_are_those_of_the_model_by_name_whatever_their_ids(tmp_path):
+    index = load_coco(*write(tmp_path))  # 7 boat, 70 cup
+    shifted = relabel(index, Categories((1, 2, 7), ("Cup", "boat", "kite")))
+    assert shifted.category_ids == (70, 7, 71) and [x.tolist() for x in shifted.labels] == [[1], [0]]
+    assert "2 mapped by name: boat (2 -> 7), cup (1 -> 70)" in shifted.report[-1]
+    assert [c["id"] for c in shifted.ground_truth()["categories"]] == [70, 7, 71]
+    by_id = relabel(index, Categories((7, 70), ("class 7", "class 70")))
+    assert [x.tolist() for x in by_id.labels] == [[0], [1]] and "2 taken by id" in by_id.report[-1]
+    for names in (("cup", "boat"), ("boat", "plate")):
+        with pytest.raises(DataError, match=r"id 70 is 'cup' in the data and '(boat|plate)' in the model"):
+            relabel(index, Categories((7, 70), names), "skip")
 
 
 def test_ground_truth_for_pycocotools(tmp_path, data_dir):
@@ -349,8 +368,7 @@ def test_tfds(tmp_path, data_dir):
     assert len(truth["annotations"]) == 47 and sum(a["iscrowd"] for a in truth["annotations"]) == 1
     with pytest.raises(DataError, match="splits: got validation, expected train"):
         load_split(data, "train")
-    with pytest.raises(DataError, match="category ids of the checkpoint"):
-        load_split(data, "val", category_ids=(1, 2, 3))
+    assert load_split(data, "val", Categories((1, 2, 3), tuple(names))).category_ids == (0, 1, 2)
     with pytest.raises(DataError, match="not_there"):
         load_split(DataConfig(tfds="not_there", tfds_dir=str(tmp_path)), "val")
     info = tmp_path / "tiny_detection/1.0.0/dataset_info.json"
