@@ -78,9 +78,9 @@ def sixteen_images(folder: Path) -> Path:
     return folder
 
 
-def fast_config(data: Path, output_dir: str | Path = "unused", **train) -> Config:
-    """As `config`, on the images of `sixteen_images`; with one bucket and a frozen backbone: it compiles fast."""
-    run = config(output_dir, **train)
+def fast_config(data: Path, output_dir: str | Path = "unused", *, model: str = "two_stage", **train) -> Config:
+    """As `RUNS[model]`, on the images of `sixteen_images`; with one bucket and a frozen backbone: it compiles fast."""
+    run = RUNS[model](output_dir, **train)
     tune = TuneConfig(freeze=("backbone",))
     return dataclasses.replace(
         run,

@@ -171,10 +171,40 @@ def test_a_loss_that_is_not_finite_stops_with_step_terms_and_images(data, tmp_pa
 
 
 def test_two_processes_give_the_losses_of_one(data, whole, tmp_path):
+    one, two = losses(whole[0]), losses_of_two_processes(config(data, tmp_path / "double", eval_every=0, max_steps=2))
+    assert two.keys() == {1, 2}
+    # The same batch over two devices; sums between processes may be added in another order.
+    np.testing.assert_allclose(two[1], one[1], rtol=1e-5)
+    # The second step inherits that through Adam, which divides small gradients by their own size.
+    np.testing.assert_allclose(two[2], one[2], rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_dino_resumes_and_trains_in_two_processes(data, tmp_path):
+    """The same numbers, denoising included."""
+    options = {"model": "dino", "eval_every": 0}
+    training.train(config(data, tmp_path / "whole", **options))
+    training.train(config(data, tmp_path / "resumed", max_steps=1, **options))
+    training.train(config(data, tmp_path / "resumed", **options))
+    expected, got = (saved(tmp_path / name, 3) for name in ("whole", "resumed"))
+    for name, value in expected.items():
+        np.testing.assert_array_equal(got[name], value, err_msg=name)
+    line = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["train/loss_ce_dn"] > 0 and line["train/loss_bbox_dn_0"] > 0 and line["train/loss_giou_interm"] > 0
+    one = losses(tmp_path / "whole")
+    assert losses(tmp_path / "resumed") == one
+    two = losses_of_two_processes(config(data, tmp_path / "double", max_steps=2, **options))
+    np.testing.assert_allclose(two[1], one[1], rtol=1e-5)
+    np.testing.assert_allclose(two[2], one[2], rtol=1e-3)
+
+
+def losses_of_two_processes(run) -> dict[int, float]:
+    """Step -> loss of a run by two processes with a device each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    run = tiny.write_config(tmp_path / "double.py", config(data, tmp_path / "double", eval_every=0, max_steps=2))
+    directory = Path(run.train.output_dir)
+    file = tiny.write_config(directory.with_suffix(".py"), run)
     environment = os.environ | {
         "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"),
         "PYTHONPATH": str(ROOT),
@@ -183,7 +213,7 @@ def test_two_processes_give_the_losses_of_one(data, whole, tmp_path):
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), "--config", str(run)],
+            [sys.executable, str(ROOT / "train.py"), "--config", str(file)],
             env=environment | {"JAX_PROCESS_ID": str(i)},
             cwd=ROOT,
             text=True,
@@ -196,9 +226,4 @@ def test_two_processes_give_the_losses_of_one(data, whole, tmp_path):
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     assert "2 process(es); batch 8 global, 4 per process" in outputs[0]
     assert "step" not in outputs[1]  # only process 0 reports
-    one, two = losses(whole[0]), losses(tmp_path / "double")
-    assert two.keys() == {1, 2}
-    # The same batch over two devices; sums between processes may be added in another order.
-    np.testing.assert_allclose(two[1], one[1], rtol=1e-5)
-    # The second step inherits that through Adam, which divides small gradients by their own size.
-    np.testing.assert_allclose(two[2], one[2], rtol=1e-3)
+    return losses(directory)
