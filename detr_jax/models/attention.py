@@ -1,5 +1,6 @@
 """Attention: softmax over all keys (DETR) and multi-scale deformable (Deformable DETR)."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -99,28 +100,23 @@ class MSDeformAttn(nnx.Module):
         self,
         query: jax.Array,
         reference_points: jax.Array,
-        tokens: jax.Array,
-        spatial_shapes: Sequence[tuple[int, int]],
-        valid: jax.Array,
-        *,
-        in_blocks: bool = False,
+        tokens: "Tokens",
     ) -> jax.Array:
         """Attend to `tokens` around `reference_points`.
 
         Args:
             query: `[b, q, c]`.
             reference_points: `[b, q, l, 2]` (x, y) or `[b, q, l, 4]` (cx, cy, w, h), normalized by each level's map.
-            tokens: `[b, s, c]`, levels one after another.
-            spatial_shapes: (height, width) of each level.
-            valid: `[b, s]`, False at padding, whose projected value counts as zero.
-            in_blocks: the tokens are in `token_order`, and the queries too if they are the tokens.
+            tokens: what is sampled; the projected value of padding counts as zero. Queries that are these tokens are
+                in their order.
 
         Returns:
             `[b, q, c]`.
         """
+        spatial_shapes = tokens.spatial_shapes
         b, q = query.shape[:2]
         grid = (b, q, self.num_heads, self.num_levels, self.num_points)
-        value = jnp.where(valid[..., None], self.value_proj(tokens), 0)
+        value = jnp.where(tokens.valid[..., None], self.value_proj(tokens.features), 0)
         value = value.reshape(*value.shape[:2], self.num_heads, -1)
         x, y = (z.reshape(grid).astype(jnp.float32) for z in self.sampling_offsets.interleaved(query, 2))
         weights = self.attention_weights(query).reshape(*grid[:3], -1).astype(jnp.float32)
@@ -133,13 +129,41 @@ class MSDeformAttn(nnx.Module):
             x = reference[..., 0] + x / self.num_points * reference[..., 2] * 0.5
             y = reference[..., 1] + y / self.num_points * reference[..., 3] * 0.5
         locations = jnp.stack([x, y], -1)
-        capture(self, "reference_points", reference_points)
-        capture(self, "sampling_locations", locations)  # [b, q, h, l, p, 2] (x, y) in 0-1 of each level's map
-        capture(self, "attention_weights", weights)  # [b, q, h, l, p]
+        rows = tokens.rows if q == tokens.features.shape[1] else lambda x: x
+        capture(self, "reference_points", rows(reference_points))
+        capture(self, "sampling_locations", rows(locations))  # [b, q, h, l, p, 2] (x, y) in 0-1 of each level's map
+        capture(self, "attention_weights", rows(weights))  # [b, q, h, l, p]
         output = ms_deform_attn(
-            value, spatial_shapes, locations, weights, implementation=self.implementation, in_blocks=in_blocks
+            value,
+            spatial_shapes,
+            locations,
+            weights,
+            implementation=self.implementation,
+            in_blocks=tokens.order is not None,
         )
         return self.output_proj(output.reshape(b, q, -1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """The tokens of several levels, in the order that the kernel of deformable attention is made for."""
+
+    features: jax.Array
+    """`[b, s, c]`."""
+    valid: jax.Array
+    """bool `[b, s]`: False at padding."""
+    spatial_shapes: tuple[tuple[int, int], ...]
+    """(height, width) of each level."""
+    order: BlockOrder | None = None
+    """Blocks of neighbors, as `token_order` says; `None`: levels one after another, row by row."""
+
+    def arrange(self, x: jax.Array) -> jax.Array:
+        """`[b, rows, ...]`, levels one after another, row by row -> `[b, s, ...]` in the order of the tokens."""
+        return self.order.to_blocks(x) if self.order else x
+
+    def rows(self, x: jax.Array) -> jax.Array:
+        """Undoes `arrange`."""
+        return self.order.from_blocks(x) if self.order else x
 
 
 def token_order(

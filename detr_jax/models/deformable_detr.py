@@ -1,5 +1,6 @@
 """Deformable DETR (Zhu et al., ICLR 2021): every variant of the paper."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ from flax import nnx
 
 from detr_jax.config import DeformableDETRConfig
 from detr_jax.errors import UserError
-from detr_jax.models.attention import BlockOrder, MSDeformAttn, MultiHeadAttention, token_order
+from detr_jax.models.attention import MSDeformAttn, MultiHeadAttention, Tokens, token_order
 from detr_jax.models.layers import (
     MLP,
     Conv,
@@ -36,10 +37,13 @@ class EncoderLayer(nnx.Module):
         self.norm1, self.norm2 = (layer_norm(c, dtype=dtype, rngs=rngs) for _ in range(2))
         self.dropout = Dropout(config.dropout)
 
-    def __call__(self, x, position, reference_points, spatial_shapes, valid, rngs, *, in_blocks=False):
-        attended = self.self_attn(x + position, reference_points, x, spatial_shapes, valid, in_blocks=in_blocks)
+    def __call__(self, tokens: Tokens, position, reference_points, rngs) -> Tokens:
+        """`position [b, s, c]`, `reference_points [b, s, l, 2]`, both in the order of the tokens."""
+        x = tokens.features
+        attended = self.self_attn(x + position, reference_points, tokens)
         x = self.norm1(x + self.dropout(attended, rngs))
-        return self.norm2(x + self.dropout(self.ffn(x, rngs), rngs))
+        x = self.norm2(x + self.dropout(self.ffn(x, rngs), rngs))
+        return dataclasses.replace(tokens, features=x)
 
 
 class DecoderLayer(nnx.Module):
@@ -53,24 +57,11 @@ class DecoderLayer(nnx.Module):
         self.norm1, self.norm2, self.norm3 = (layer_norm(c, dtype=dtype, rngs=rngs) for _ in range(3))
         self.dropout = Dropout(config.dropout)
 
-    def __call__(
-        self,
-        x,
-        query_position,
-        reference_points,
-        memory,
-        spatial_shapes,
-        valid,
-        rngs,
-        *,
-        in_blocks=False,
-        visible=None,
-    ):
+    def __call__(self, x, query_position, reference_points, memory: Tokens, rngs, *, visible=None):
+        """`x`, `query_position [b, q, c]`, `reference_points [b, q, l, 2 or 4]` -> `[b, q, c]`."""
         query = x + query_position
         x = self.norm1(x + self.dropout(self.self_attn(query, query, x, visible=visible, rngs=rngs), rngs))
-        attended = self.cross_attn(
-            x + query_position, reference_points, memory, spatial_shapes, valid, in_blocks=in_blocks
-        )
+        attended = self.cross_attn(x + query_position, reference_points, memory)
         x = self.norm2(x + self.dropout(attended, rngs))
         return self.norm3(x + self.dropout(self.ffn(x, rngs), rngs))
 
@@ -143,15 +134,14 @@ class MultiScaleEncoder(nnx.Module):
 
     def encode(
         self, images: jax.Array, sizes: jax.Array, rngs: nnx.Rngs | None
-    ) -> tuple[jax.Array, jax.Array, list[jax.Array], jax.Array, BlockOrder | None]:
+    ) -> tuple[Tokens, list[jax.Array], jax.Array]:
         """What the decoder attends to.
 
         Returns:
-            The encoder's tokens `[b, s, c]`; which of them see the image, `[b, s]`; the same as a map `[b, h, w]` of
-            each level; the share of each level's map (x, y) that the image fills, `[b, l, 2]`; and the order of the
-            tokens, `None` for levels one after another, row by row.
+            The encoder's tokens; which of them see the image, as a map `[b, h, w]` of each level; and the share of each
+            level's map (x, y) that the image fills, `[b, l, 2]`.
         """
-        tokens, position, valid_maps = self.levels(images, sizes)
+        features, position, valid_maps = self.levels(images, sizes)
         spatial_shapes = shapes(valid_maps)
         valid = jnp.concatenate([v.reshape(len(v), -1) for v in valid_maps], 1)
         valid_ratios = jnp.stack([jnp.stack([v[:, 0].mean(-1), v[:, :, 0].mean(-1)], -1) for v in valid_maps], 1)
@@ -159,12 +149,12 @@ class MultiScaleEncoder(nnx.Module):
         reference_points = centers[:, :, None] * valid_ratios[:, None]
         # On TPUs, tokens that are neighbors on the map are kept together from here to the decoder.
         order = token_order(self.config.implementation, spatial_shapes, self.config.encoder_points)
-        if order:
-            inputs = (tokens, position, reference_points, valid)
-            tokens, position, reference_points, valid = (order.to_blocks(x) for x in inputs)
+        tokens = Tokens(features, valid, spatial_shapes, order)
+        tokens = dataclasses.replace(tokens, features=tokens.arrange(features), valid=tokens.arrange(valid))
+        position, reference_points = tokens.arrange(position), tokens.arrange(reference_points)
         for layer in self.encoder:
-            tokens = layer(tokens, position, reference_points, spatial_shapes, valid, rngs, in_blocks=order is not None)
-        return tokens, valid, valid_maps, valid_ratios, order
+            tokens = layer(tokens, position, reference_points, rngs)
+        return tokens, valid_maps, valid_ratios
 
     def levels(self, images: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
         """Tokens and their position encoding, both `[b, s, c]`, and each level's valid map `[b, h, w]`."""
@@ -237,30 +227,31 @@ class DeformableDETR(MultiScaleEncoder):
             `aux_outputs`, the same of the earlier decoder layers, stacked in front, and for two-stage `enc_outputs`,
             `[b, s, k]` and `[b, s, 4]`, the proposals of all tokens.
         """
-        memory, valid, valid_maps, valid_ratios, order = self.encode(images, sizes, rngs)
-        spatial_shapes = shapes(valid_maps)
-        in_blocks = order is not None
+        memory, valid_maps, valid_ratios = self.encode(images, sizes, rngs)
         capture(self, "valid_maps", tuple(valid_maps))
         capture(self, "valid_ratios", valid_ratios)
 
         outputs = {}
         if self.config.two_stage:
-            rows, rows_valid = (order.from_blocks(x) for x in (memory, valid)) if order else (memory, valid)
             outputs["enc_outputs"], reference, query_position, x = self.proposals(
-                rows, rows_valid, valid_maps, self.class_embed[-1], self.bbox_embed[-1]
+                memory.rows(memory.features),
+                memory.rows(memory.valid),
+                valid_maps,
+                self.class_embed[-1],
+                self.bbox_embed[-1],
             )
         else:
             b = len(images)
             queries = jnp.broadcast_to(self.query_embed[...], (b, *self.query_embed.shape))
             query_position, x = jnp.split(queries, 2, -1)
             reference = jax.nn.sigmoid(self.reference_points(query_position))
-            query_position, x = query_position.astype(memory.dtype), x.astype(memory.dtype)
+            query_position, x = (z.astype(memory.features.dtype) for z in (query_position, x))
 
         logits, boxes = [], []
         for i, layer in enumerate(self.decoder):
             ratios = jnp.tile(valid_ratios, reference.shape[-1] // 2)
             reference_points = reference[:, :, None] * ratios[:, None]
-            x = layer(x, query_position, reference_points, memory, spatial_shapes, valid, rngs, in_blocks=in_blocks)
+            x = layer(x, query_position, reference_points, memory, rngs)
             head = i if self.config.box_refinement else 0
             features = x.astype(jnp.float32)
             offset = inverse_sigmoid(reference)

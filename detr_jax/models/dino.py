@@ -15,7 +15,6 @@ from detr_jax.models.deformable_detr import (
     MultiScaleEncoder,
     make_bbox_embed,
     make_class_embed,
-    shapes,
     stack,
     token_anchors,
 )
@@ -113,15 +112,14 @@ class DINO(MultiScaleEncoder):
         """
         config = self.config
         assert isinstance(config, DINOConfig)
-        memory, valid, valid_maps, valid_ratios, order = self.encode(images, sizes, rngs)
-        spatial_shapes, in_blocks = shapes(valid_maps), order is not None
+        memory, valid_maps, valid_ratios = self.encode(images, sizes, rngs)
         capture(self, "valid_maps", tuple(valid_maps))
         capture(self, "valid_ratios", valid_ratios)
 
         b, outputs = len(images), {}
         x = jnp.broadcast_to(self.query_embed[...], (b, *self.query_embed.shape))
         if config.two_stage:
-            rows, rows_valid = (order.from_blocks(x) for x in (memory, valid)) if order else (memory, valid)
+            rows, rows_valid = memory.rows(memory.features), memory.rows(memory.valid)
             proposals = self.proposals(rows, rows_valid, valid_maps, self.class_embed[-1], self.bbox_embed[-1])
             outputs["interm_outputs"] = proposals
             reference = jax.lax.stop_gradient(proposals["pred_boxes"])
@@ -134,7 +132,7 @@ class DINO(MultiScaleEncoder):
             logit = inverse_sigmoid(denoising.boxes_cxcywh, EPSILON)
             boxes = jax.nn.sigmoid(jnp.where(denoising.real[..., None], logit, 0))
             x, reference = jnp.concatenate([content, x], 1), jnp.concatenate([boxes, reference], 1)
-        x = x.astype(memory.dtype)
+        x = x.astype(memory.features.dtype)
 
         logits, boxes = [], []
         detached = reference
@@ -142,17 +140,7 @@ class DINO(MultiScaleEncoder):
             reference_points = detached[:, :, None] * jnp.tile(valid_ratios, 2)[:, None]
             embedding = sine_boxes(reference_points[:, :, 0, [1, 0, 2, 3]], config.hidden_dim // 2)
             query_position = self.query_position(embedding.astype(x.dtype))
-            x = layer(
-                x,
-                query_position,
-                reference_points,
-                memory,
-                spatial_shapes,
-                valid,
-                rngs,
-                in_blocks=in_blocks,
-                visible=sees,
-            )
+            x = layer(x, query_position, reference_points, memory, rngs, visible=sees)
             head = 0 if config.shared_heads else i
             bbox_embed = self.bbox_embed[head]
             features = self.decoder_norm(x).astype(jnp.float32)

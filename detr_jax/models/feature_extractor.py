@@ -31,9 +31,9 @@ class DeformableEncoder(MultiScaleEncoder):
         Returns:
             Maps `[b, h, w, c]` and, bool `[b, h, w]`, which of their cells see the image, from fine to coarse.
         """
-        x, _, valid, _, order = self.encode(images, sizes, rngs)
+        tokens, valid, _ = self.encode(images, sizes, rngs)
         ends = np.cumsum([h * w for h, w in shapes(valid)])
-        levels = jnp.split(order.from_blocks(x) if order else x, ends[:-1], 1)
+        levels = jnp.split(tokens.rows(tokens.features), ends[:-1], 1)
         return [level.reshape(*v.shape, -1) for level, v in zip(levels, valid, strict=True)], valid
 
 

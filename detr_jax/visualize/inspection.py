@@ -20,12 +20,11 @@ from PIL import Image
 
 from detr_jax.boxes import cxcywh_to_xyxy
 from detr_jax.categories import Categories
-from detr_jax.config import DeformableDETRConfig, DETRConfig, ModelConfig
+from detr_jax.config import DETRConfig, ModelConfig
 from detr_jax.data.image import ImageLike, open_image
 from detr_jax.data.resample import normalize
 from detr_jax.detector import Detector
 from detr_jax.errors import UserError
-from detr_jax.models.attention import token_order
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -169,7 +168,7 @@ class Inspector:
         def look(state, pixels, sizes, points):
             model = nnx.merge(graphdef, state)
             outputs, captured = nnx.capture(model, nnx.Intermediate)(normalize(pixels, sizes), sizes)
-            return _first_image(outputs, nnx.to_pure_dict(captured), points, detector.config)
+            return _first_image(outputs, nnx.to_pure_dict(captured), points)
 
         @jax.jit
         def gradients(state, pixels, sizes, query, label):
@@ -251,7 +250,7 @@ class Inspector:
         return Saliency(seen.image, seen.caption(query), seen.boxes_xyxy[-1, query], norms[:, :h, :w])
 
 
-def _first_image(outputs: dict[str, Any], captured: dict[str, Any], points: jax.Array, config: ModelConfig):
+def _first_image(outputs: dict[str, Any], captured: dict[str, Any], points: jax.Array):
     """What `Inspection` needs of a batch's first image, little enough to fetch: encoder rows at the points alone."""
     layers = {
         name: jnp.concatenate([outputs["aux_outputs"][name][:, 0], outputs[name][:1]])
@@ -266,11 +265,6 @@ def _first_image(outputs: dict[str, Any], captured: dict[str, Any], points: jax.
         start += valid.size
         all_filled.append(filled)
     tokens = jnp.stack(tokens, 1).reshape(-1)
-    if isinstance(config, DeformableDETRConfig):
-        order = token_order(config.implementation, [valid.shape for valid in valid_maps], config.encoder_points)
-        if order is not None:  # the encoder's queries are in it: where is each token?
-            numbers = order.from_blocks(jnp.arange(order.length)[None])[0]
-            tokens = numbers[tokens]
 
     def attention(layer, rows):
         weights = layer["attention_weights"][0]

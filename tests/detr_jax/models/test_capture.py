@@ -39,7 +39,9 @@ def test_deformable_attention_against_numpy(box):
     rng = np.random.default_rng(0)
     query, tokens = rng.normal(size=(b, q, c)).astype("f"), rng.normal(size=(b, 30, c)).astype("f")
     reference = rng.uniform(0.2, 0.8, (b, q, levels, box)).astype("f")
-    _, found = nnx.capture(layer, nnx.Intermediate)(query, reference, tokens, shapes, np.ones((b, 30), bool))
+    _, found = nnx.capture(layer, nnx.Intermediate)(
+        query, reference, attention.Tokens(jnp.asarray(tokens), jnp.ones((b, 30), bool), tuple(shapes))
+    )
 
     def project(linear):
         return query.astype(float) @ np.asarray(linear.kernel[...], float) + np.asarray(linear.bias[...], float)
@@ -141,7 +143,7 @@ def layer_and_inputs():
     query, tokens = rng.normal(size=(2, 5, 32)).astype("f"), rng.normal(size=(2, 30, 32)).astype("f")
     reference = rng.uniform(0.2, 0.8, (2, 5, 2, 2)).astype("f")
     layer = noisy(attention.MSDeformAttn(32, 4, 2, 3, rngs=nnx.Rngs(0)))
-    return layer, query, (reference, tokens, [(4, 6), (2, 3)], np.ones((2, 30), bool))
+    return layer, query, (reference, attention.Tokens(jnp.asarray(tokens), jnp.ones((2, 30), bool), ((4, 6), (2, 3))))
 
 
 def test_nothing_stays_on_the_model():
