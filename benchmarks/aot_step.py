@@ -99,7 +99,7 @@ def of_layer(shape: Shape, generation: str, implementation: str) -> tuple[float,
         ahead_of_time.dump_bundles(Path(folder))
         costs = static_costs(shape, jnp.dtype("bfloat16"), generation, implementation, Path(folder))
     units = visits(shape, SPREAD) if implementation == "tensorcore" else np.zeros(0)
-    kernels = sum(count.total(shape, units) for _, counts in costs.values() for count in counts.values())
+    kernels = sum(count.total(shape, units, part) for part, (_, counts) in costs.items() for count in counts.values())
     return sum(cost.gathers for cost, _ in costs.values()), kernels
 
 

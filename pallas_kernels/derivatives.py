@@ -8,7 +8,7 @@ import jax
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def first_order(op: str, arrays: Any) -> Any:
-    """`arrays`, for the backward pass of `op`: whoever differentiates that pass too gets a message.
+    """`arrays`, for the two functions of `op`'s `jax.custom_vjp`: whoever differentiates these too gets a message.
 
     Raises:
         NotImplementedError: it is differentiated.

@@ -155,7 +155,7 @@ def _by_platform(tpu: _Call, default: _Call, value, locations, weights):
 
 
 _by_platform.defvjp(
-    lambda tpu, default, *arrays: (tpu_or_default(tpu, default, *arrays), arrays),
+    lambda tpu, default, *arrays: (tpu_or_default(tpu, default, *first_order("ms_deform_attn", arrays)), arrays),
     lambda tpu, default, arrays, gradient: tpu_or_default(
         _Gradients(tpu), _Gradients(default), *first_order("ms_deform_attn", (*arrays, gradient))
     ),

@@ -195,9 +195,12 @@ def print_static(shape: Shape, dtype: jnp.dtype, generations: list[str], impleme
         sys.exit(f"no accelerator here: {error}")
     units = {spread: visits(shape, spread) for spread in SPREADS}
     print("no accelerator here: compiled ahead of time; nothing was run\n")
-    print("units of 8 x 8 pixels that a tile of 128 queries and a head visit, and iterations of four of them:")
+    print(
+        "units of 8 x 8 pixels that a tile of 128 queries and a head visit, and iterations of the kernels' inner loops:"
+    )
     for spread, count in units.items():
-        print(f"  offsets spread {spread:g} px: {count.mean():6.1f} units, {iterations(count):8d} iterations in all")
+        loops = ", ".join(f"{iterations(count, name)} {name} (of {unroll} units)" for name, unroll in UNROLL.items())
+        print(f"  offsets spread {spread:g} px: {count.mean():6.1f} units; {loops}")
     print("\nassumed clocks in GHz: " + ", ".join(f"{k} {ahead_of_time.CLOCK_GHZ[k]}" for k in generations))
     print("XLA: its estimate in Mcycles; gathers: bundles of gathers and scatters in millions; kernel: bundles in")
     print("millions, and those of an iteration; ms: all of them at each spread; VMEM: MiB of the kernel\n")
@@ -217,7 +220,7 @@ def static_lines(shape, dtype, generation, name, units, folder):
     """Two lines of the table: forward and backward."""
     for part, (cost, kernels) in static_costs(shape, dtype, generation, name, folder).items():
         counts = list(kernels.values())
-        issued = [sum(count.total(shape, z) for count in counts) / 1e6 for z in units.values()]
+        issued = [sum(count.total(shape, z, part) for count in counts) / 1e6 for z in units.values()]
         ms = [(cost.cycles / 1e6 + cost.gathers / 1e6 + z) / ahead_of_time.CLOCK_GHZ[generation] for z in issued]
         gathers = (f"{cost.gathers / 1e6:.2f}" if cost.gathers else "-") + ("+" if cost.unknown else "")
         kernel = "".join(f"{z:>9.2f}" if counts else f"{'-':>9}" for z in issued)
@@ -261,9 +264,9 @@ def visits(shape: Shape, spread: float) -> np.ndarray:
     return np.asarray((end - first).sum(-1))
 
 
-def iterations(units: np.ndarray) -> int:
-    """Of the kernels' inner loop, for all tiles."""
-    return int((-(-units // UNROLL)).sum())
+def iterations(units: np.ndarray, part: str) -> int:
+    """Of the inner loop of the kernel of a pass (`forward`, `backward`), for all tiles."""
+    return int((-(-units // UNROLL[part])).sum())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,11 +302,11 @@ class Count:
             step=sum(bundle.depth == 1 for bundle in bundles),
         )
 
-    def total(self, shape: Shape, units: np.ndarray) -> int:
-        """For a problem whose tiles visit so many units (`visits`)."""
+    def total(self, shape: Shape, units: np.ndarray, part: str) -> int:
+        """For the pass of a problem whose tiles visit so many units (`visits`)."""
         heads = shape.batch * shape.heads
         steps = heads * -(-units.shape[-1] // TILES)
-        return self.iteration * iterations(units) + self.tile * units.size + self.head * heads + self.step * steps
+        return self.iteration * iterations(units, part) + self.tile * units.size + self.head * heads + self.step * steps
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ def _attend(value, spatial_shapes, locations, weights, interpret):
 
 
 def _forward(value, spatial_shapes, locations, weights, interpret):
+    value, locations, weights = first_order("ms_deform_attn", (value, locations, weights))
     return _attend(value, spatial_shapes, locations, weights, interpret), (value, locations, weights)
 
 

@@ -127,7 +127,11 @@ def _attend_backward(split, interpret, inputs, gradient):
     return grad_value.astype(value.dtype), None, grad_share
 
 
-attend.defvjp(lambda *args: (attend(*args), args[2:]), _attend_backward)
+def _attend_forward(split, interpret, *inputs):
+    return attend(split, interpret, *first_order("ms_deform_attn", inputs)), inputs
+
+
+attend.defvjp(_attend_forward, _attend_backward)
 
 
 def gather(split, value, base, share, interpret):

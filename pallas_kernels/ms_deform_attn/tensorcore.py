@@ -33,8 +33,8 @@ from pallas_kernels.ms_deform_attn.order import TILE, UNIT, BlockOrder, block_or
 from pallas_kernels.ms_deform_attn.tensorcore_kernels import backward_kernel, forward_kernel, touched_kernel
 from pallas_kernels.ms_deform_attn.tensorcore_walk import PIXELS, Part, parts, tile_walks, too_large, unit_places
 
-UNROLL = 4
-"""Units in a loop iteration: two matrix products, which hide each other's latency."""
+UNROLL = {"forward": 4, "backward": 4}
+"""Units in a loop iteration, of each pass: the products of two units each hide each other's latency."""
 TILES = 8
 """Tiles in a grid step."""
 OUTSIDE = -4.0
@@ -163,6 +163,7 @@ def attend_tiles(value, x, y, weight, order, interpret) -> jax.Array:
 
 
 def _attend_forward(value, x, y, weight, order, interpret):
+    value, x, y, weight = first_order("ms_deform_attn", (value, x, y, weight))
     extents = touched(x, y, order, x.shape[2] // len(order.spatial_shapes), interpret)
     d, dtype = value.shape[2], value.dtype
     # A unit's values are there twice (the next head's are fetched meanwhile), and a copy in both halves of the lanes.
@@ -173,7 +174,7 @@ def _attend_forward(value, x, y, weight, order, interpret):
     for part in pieces:
         scratch = [
             pltpu.VMEM((3, x.shape[2], TILE), jnp.float32),
-            pltpu.VMEM((UNROLL // 2, d * dtype.itemsize // 4, TILE), jnp.float32),
+            pltpu.VMEM((UNROLL["forward"] // 2, d * dtype.itemsize // 4, TILE), jnp.float32),
             pltpu.VMEM((d, TILE), jnp.float32),
             pltpu.VMEM((part.units, d, TILE), dtype),
         ]
@@ -249,8 +250,8 @@ def _call(kernel: Callable, name: str, arrays, extents, order: BlockOrder, part:
             in_specs=[smem, whole(value), *map(tiled, arrays[1:])],
             out_specs=[whole(z) if name == "backward" and i == 0 else tiled(z) for i, z in enumerate(outputs)],
             scratch_shapes=[
-                pltpu.VMEM((UNROLL // 2, TILE, TILE), value.dtype),
-                pltpu.VMEM((UNROLL, points, UNIT, TILE), jnp.float32),
+                pltpu.VMEM((UNROLL[name] // 2, TILE, TILE), value.dtype),
+                pltpu.VMEM((UNROLL[name], points, UNIT, TILE), jnp.float32),
                 *scratch,
             ],
         ),

@@ -150,8 +150,9 @@ def test_derivatives_that_there_are_not(name):
 
     with pytest.raises(NotImplementedError, match=r"second derivatives of ms_deform_attn: .*='reference'"):
         jax.eval_shape(jax.grad(lambda value: jax.grad(output)(value).sum()), inputs.value)
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.eval_shape(lambda value: jax.jvp(output, (value,), (value,)), inputs.value)
+    if name is None:  # JAX's own message, at the end of the computation
+        with pytest.raises(TypeError, match="forward-mode"):
+            jax.jvp(output, (inputs.value,), (inputs.value,))
 
 
 @pytest.mark.parametrize(

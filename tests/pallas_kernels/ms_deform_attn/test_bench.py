@@ -54,14 +54,17 @@ def test_timing_on_a_device(capsys):
     assert all(float(z) > 0 for line in lines[1:3] for z in line.split()[2:])
 
 
-def test_visits_follow_the_spread():
+def test_visits_follow_the_spread(monkeypatch):
     """More spread, more units; none can be visited twice."""
     units = [bench.visits(SMALL["odd_encoder"], spread) for spread in (0.0, 2.0, 8.0)]
     assert units[0].shape == (2, 2, 6)  # tiles: four, one and one
     means = [z.mean() for z in units]
     assert 1 < means[0] < means[1] < means[2]
     assert max(z.max() for z in units) <= block_order(SMALL["odd_encoder"].spatial_shapes).units
-    assert bench.iterations(np.array([[[0, 1, 4, 5]]])) == 4
+    monkeypatch.setattr(bench, "UNROLL", {"forward": 4, "backward": 8})
+    visited = np.array([[[0, 1, 4, 5]]])
+    assert bench.iterations(visited, "forward") == 4  # of four units each
+    assert bench.iterations(visited, "backward") == 3  # of eight
 
 
 def need_libtpu():

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.ms_deform_attn.shapes import SHAPES
+from pallas_kernels.ms_deform_attn import gpu, ms_deform_attn
+from pallas_kernels.ms_deform_attn.shapes import SHAPES, SMALL, problem
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")  # by jax 0.12
