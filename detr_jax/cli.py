@@ -5,6 +5,7 @@ Whatever is heavy is imported where it is used, so that `--help` and a typo are 
 
 import argparse
 import dataclasses
+import importlib.metadata
 import importlib.util
 import sys
 import traceback
@@ -15,8 +16,9 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from detr_jax.config import Config, DataConfig, from_dict
-from detr_jax.errors import NotFoundError, UserError
+from detr_jax.categories import Categories
+from detr_jax.config import Config, DataConfig, LossConfig, from_dict
+from detr_jax.errors import DataError, NotFoundError, UserError
 from detr_jax.tta import TTAConfig
 from detr_jax.visualize import command as figures
 
@@ -25,14 +27,19 @@ if TYPE_CHECKING:
 
 
 def load_config(path: str) -> Config:
-    """Runs a config file and returns the `Config` that it assigns to `config`.
+    """Runs a config file, or one of the configs that come with the package, and returns the `Config` it assigns.
+
+    Args:
+        path: a file, or a name such as `deformable_detr_r50_two_stage`.
 
     Raises:
         UserError: no such file, not a Python file, a mistake in it (with its line), or no `Config` named `config`.
     """
+    published = _configs()
+    if not Path(path).is_file() and path in published:
+        path = str(published[path])
     if not Path(path).is_file():
-        configs = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py"))) or "none found in configs/"
-        raise UserError(f"--config {path}: no such file. Configs: {configs}")
+        raise UserError(f"--config {path}: no such file or config. Configs: {', '.join(published)}")
     if Path(path).suffix != ".py":
         raise UserError(f"--config {path}: expected a Python file, *.py, that assigns `config = Config(...)`")
     spec = importlib.util.spec_from_file_location("config", path)
@@ -53,6 +60,13 @@ def load_config(path: str) -> Config:
     return config
 
 
+def _configs() -> dict[str, Path]:
+    """The configs that come with the package, by name: in its wheel they are inside of it, in a checkout beside it."""
+    package = Path(__file__).parent
+    folder = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.py"))}
+
+
 def _line_of(error: Exception, path: str) -> int | None:
     """The line of a config file that an error comes from; `None` for a bug inside of this package."""
     config, package = Path(path).resolve(), Path(__file__).resolve().parent
@@ -68,24 +82,50 @@ def _line_of(error: Exception, path: str) -> int | None:
     return line
 
 
-def parse_train(argv: Sequence[str]) -> Config:
-    """`--config CONFIG [--section.field value ...]` -> the configuration of the run."""
+def fine_tuning(checkpoint: str) -> Config:
+    """The configuration of a run that starts from a checkpoint: `configs/fine_tune.py` with the file's architecture."""
+    from detr_jax.checkpoints import is_ours, load, store
+
+    base = load_config("fine_tune")
+    if is_ours(checkpoint):
+        saved = store.read_metadata(checkpoint)
+        theirs = from_dict(saved["config"], saved["model"])
+        nowhere = dict.fromkeys(("train_annotations", "train_images", "val_annotations", "val_images", "tfds"))
+        data = dataclasses.replace(theirs.data, root="", **nowhere)
+        return dataclasses.replace(base, model=theirs.model, loss=theirs.loss, data=data)
+    found = load(checkpoint)
+    losses = {"DETRConfig": LossConfig.detr, "DINOConfig": LossConfig.dino}
+    loss = losses.get(type(found.config).__name__, LossConfig)()
+    data = dataclasses.replace(base.data, eval_scale=found.scale, max_size=found.max_size)
+    return dataclasses.replace(base, model=found.config, loss=loss, data=data)
+
+
+def parse_train(argv: Sequence[str], prog: str = "train.py") -> Config:
+    """`--config CONFIG`, or `--init-from CHECKPOINT`, `[--section.field value ...]` -> the config of the run."""
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--config")
     # Short for --train.init-from.
-    first.add_argument("--init-from")
+    first.add_argument("--init-from", "--train.init-from")
     known, rest = first.parse_known_args(argv)
     if known.init_from:
         rest += ["--train.init-from", known.init_from]
     helping = bool({"-h", "--help"} & set(rest))
-    if known.config is None and not helping:
-        raise UserError("--config is missing: python train.py --config configs/CONFIG.py --data.root FOLDER")
-    default = load_config(known.config) if known.config else Config()
+    if known.config:
+        default = load_config(known.config)
+    elif known.init_from:
+        default = fine_tuning(known.init_from)
+    elif helping:
+        default = Config()
+    else:
+        raise UserError(
+            "--config is missing: --config CONFIG --data.root FOLDER, or --init-from CHECKPOINT --data.root FOLDER to "
+            f"fine-tune. Configs: {', '.join(_configs())}"
+        )
     config = tyro.cli(
         tyro.conf.AvoidSubcommands[Config],
         default=default,
         args=rest,
-        prog="train.py --config CONFIG",
+        prog=f"{prog} --config CONFIG",
         description="Train a detector. Defaults below are those of the config; every field can be overridden.",
     )
     _check_folder("--train.output-dir", config.train.output_dir)
@@ -118,7 +158,7 @@ class EvalOptions:
     """Images; the defaults are those of the checkpoint's training."""
 
 
-def parse_eval(argv: Sequence[str]) -> EvalOptions:
+def parse_eval(argv: Sequence[str], prog: str = "eval.py") -> EvalOptions:
     """`--checkpoint DIR [...]` -> the options; the checkpoint gives the defaults of `data`."""
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--checkpoint")
@@ -133,8 +173,8 @@ def parse_eval(argv: Sequence[str]) -> EvalOptions:
         EvalOptions,
         default=EvalOptions(checkpoint=known.checkpoint or tyro.MISSING, data=data),
         args=list(argv),
-        prog="eval.py",
-        description="Score a checkpoint with pycocotools on the validation set; without annotations, detect alone.",
+        prog=prog,
+        description="Score a checkpoint on the validation set as pycocotools does; without annotations, detect alone.",
     )
     if options.pictures:
         _check_folder("--pictures", options.pictures)
@@ -157,12 +197,17 @@ def predict(
     max_size: int | None = None,
     dilation: bool | None = None,
     mask_padding: bool | None = None,
+    data_root: str | None = None,
 ) -> None:
-    """Detect: draws boxes with names on images, and writes results.json in COCO's results format.
+    """Detect: draws boxes with names on images, and writes results.json.
+
+    With --data-root, which the images belong to, it is in COCO's results format, with the ids of its images and
+    categories, and pycocotools loads it. Without, image_id is the file's name and category_id that of the checkpoint.
 
     Args:
         images: Images, and folders of images.
-        checkpoint: A run's folder, an official .pth or .safetensors file, or a folder of transformers.
+        checkpoint: A run's folder, an official .pth or .safetensors file, a folder of transformers, or a name on the
+            Hugging Face hub, such as facebook/detr-resnet-50.
         out: Folder for the pictures and results.json.
         threshold: Detections with a lower score are left out.
         batch_size: Images per step.
@@ -170,11 +215,13 @@ def predict(
         max_size: The longer side is never larger than this; None takes the checkpoint's (1333).
         dilation: DC5 or not, for files that do not tell.
         mask_padding: Mask the padding in every layer: the official result at batch 1. None takes the checkpoint's.
+        data_root: The data set that the images are of.
     """
     from tqdm import tqdm
 
     from detr_jax.data.image import open_image
     from detr_jax.detector import Detector
+    from detr_jax.drawing import headed
     from detr_jax.postprocess import write_results
 
     paths, folder = _find_images(images), Path(out)
@@ -189,6 +236,10 @@ def predict(
         dilation=dilation,
         mask_padding=mask_padding,
     )
+    image_ids: dict[str, int | str] = {path.name: path.name for path in paths}
+    category_ids = detector.categories.ids
+    if data_root is not None:
+        image_ids, category_ids = _ids_in(data_root, [path.name for path in paths], detector.categories)
     folder.mkdir(parents=True, exist_ok=True)
     read, failed, results = deque(), [], []
 
@@ -205,14 +256,42 @@ def predict(
     try:
         for detections in detector.detect(readable(), threshold):
             path = read.popleft()
-            detections.draw().save(folder / f"{path.stem}.jpg", quality=92)
-            results += detections.as_results(path.name)
+            title = f"{len(detections)} detections, score at least {threshold:g}"
+            page = headed(detections.draw(), title, detections.labels, detections.categories.names)
+            page.save(folder / f"{path.stem}.jpg", quality=92)
+            rows = zip(detections.as_results(image_ids[path.name]), detections.labels.tolist(), strict=True)
+            results += [row | {"category_id": category_ids[label]} for row, label in rows]
     finally:
         write_results(folder / "results.json", results)
     done = f"{len(paths) - len(failed)} images, {len(results)} detections of at least {threshold:g}"
     print(f"{done}: {folder}, {folder}/results.json")
+    if data_root is None:
+        print("results.json has the images' names for ids; for one that pycocotools loads, pass --data-root FOLDER")
     if failed:
         raise UserError("\n".join([f"{len(failed)} of {len(paths)} images could not be read:", *failed]))
+
+
+def _ids_in(root: str, names: Sequence[str], categories: Categories) -> tuple[dict[str, int | str], tuple[int, ...]]:
+    """Id of each image in a data set, by its file's name, and the data set's category id of each label."""
+    from detr_jax.data.splits import load_split
+
+    ids: dict[str, int | str] = {}
+    category_ids = categories.ids
+    for split in ("val", "train"):
+        try:
+            index = load_split(DataConfig(root=root, on_bad_image="skip"), split, categories, annotated=False)
+        except DataError:
+            if split == "train" and not ids:
+                raise
+            continue
+        category_ids = index.category_ids
+        found = {Path(name).name: i for name, i in zip(index.names, index.image_ids.tolist(), strict=True)}
+        if set(names) <= set(found):
+            return {name: found[name] for name in names}, category_ids
+        ids |= found
+    missing = [name for name in names if name not in ids]
+    what = f"{missing[0]} is none of its images" if missing else "the images are of both splits; give those of one"
+    raise UserError(f"--data-root {root}: {what}")
 
 
 def _find_images(given: Sequence[str]) -> list[Path]:
@@ -341,17 +420,89 @@ def soup(checkpoints: tyro.conf.Positional[tuple[str, ...]], /, out: str) -> Non
     print(f"{mixed.changes}\nwrote {out}")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"predict": predict, "convert": convert, "export": export, "soup": soup}
+def data(folder: tyro.conf.Positional[str], /, out: str = "data.png", images: int = 12) -> None:
+    """Look at a data set before training: its format, boxes per class and size, problems, and a contact sheet.
+
+    Args:
+        folder: As --data.root takes it: COCO, Roboflow, CVAT, Label Studio, YOLO or Pascal VOC.
+        out: Picture of some images with their boxes.
+        images: How many of them.
+    """
+    from detr_jax.data.splits import load_split
+    from detr_jax.data.summary import summarize
+    from detr_jax.visualize.data_figures import contact_sheet_of
+
+    # Nothing is refused here: what training would stop at is a line of the summary.
+    config = DataConfig(root=folder, on_bad_image="skip", on_bad_annotation="skip")
+    train_set = load_split(config, "train")
+    sets = {"train": train_set}
+    try:
+        sets["val"] = load_split(config, "val")
+    except DataError as error:
+        print(f"validation: {str(error).splitlines()[0]}")
+    if tuple(sets.get("val", train_set).names) == tuple(train_set.names):
+        sets = {"train and val": train_set}
+    print(summarize(sets))
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet_of(train_set, images).save(out)
+    print(f"wrote {out}: {min(images, len(train_set))} images with their boxes")
+
+
+def train(argv: Sequence[str]) -> None:
+    """`detr-jax train`, and train.py."""
+    config = parse_train(argv, "detr-jax train")
+    from detr_jax import processes
+    from detr_jax.training import train
+
+    processes.start()
+    train(config)
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    """`detr-jax eval`, and eval.py."""
+    options = parse_eval(argv, "detr-jax eval")
+    from detr_jax import processes
+    from detr_jax.evaluation import evaluate_checkpoint
+
+    processes.start()
+    evaluate_checkpoint(
+        options.checkpoint,
+        options.data,
+        step=int(options.step) if options.step.isdigit() else options.step,
+        batch_size=options.batch_size,
+        results=options.results,
+        pictures=options.pictures,
+        num_pictures=options.num_pictures,
+        tta=TTAConfig(options.tta_scales) if options.tta else None,
+        mask_padding=options.mask_padding,
+    )
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "predict": predict,
+    "data": data,
+    "convert": convert,
+    "export": export,
+    "soup": soup,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`detr-jax predict`, `visualize`, `convert`, `export` and `soup`."""
+    """`detr-jax train`, `eval`, `predict`, `data`, `visualize`, `convert`, `export` and `soup`."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["--version"]:
+        print(f"detr-jax {importlib.metadata.version('detr-jax')}")
+        return
+    if argv[:1] in (["train"], ["eval"]):
+        (train if argv[0] == "train" else evaluate)(argv[1:])
+        return
     if argv[:1] == ["visualize"]:
         about = "Draw what happens inside a detector, or what it gets wrong. Each figure has its own --help."
         prog, commands, argv = "detr-jax visualize", figures.COMMANDS, argv[1:]
     else:
-        about = "DETR and Deformable DETR. `detr-jax visualize` draws figures; train.py and eval.py train and score."
+        about = (
+            "DETR, Deformable DETR and DINO. `detr-jax train` and `detr-jax eval` train and score; see their --help."
+        )
         prog, commands = "detr-jax", COMMANDS | {"visualize": figures.visualize}
     tyro.extras.subcommand_cli_from_dict(commands, prog=prog, description=about, args=argv)
 

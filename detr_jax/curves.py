@@ -12,10 +12,19 @@ from matplotlib.figure import Figure
 from detr_jax.errors import UserError
 from detr_jax.metric_writer import read_metrics
 
-_CURVES = (
-    *("train/loss", "train/loss_ce", "train/loss_bbox", "train/loss_giou"),
-    *("val/AP", "val/AP50", "val/APs", "val/APm", "val/APl"),
-)
+_TITLES = {
+    "train/loss": "loss",
+    "train/loss_ce": "classification loss",
+    "train/loss_bbox": "box loss, L1",
+    "train/loss_giou": "box loss, GIoU",
+    "train/lr": "learning rate",
+    "val/AP": "AP",
+    "val/AP50": "AP at IoU 0.50",
+    "val/APs": "AP of small objects",
+    "val/APm": "AP of medium objects",
+    "val/APl": "AP of large objects",
+}
+_CURVES = tuple(_TITLES)
 
 
 def plot_curves(
@@ -24,7 +33,7 @@ def plot_curves(
     x: Literal["step", "epoch", "hours"] = "step",
     curves: Sequence[str] = _CURVES,
 ) -> Figure:
-    """Loss terms, AP and AP by size of a run, or of several, one panel each.
+    """Loss terms, learning rate, AP and AP by size of a run, or of several, one panel each.
 
     Args:
         runs: a `metrics.jsonl`, or several by the names that the legend shows.
@@ -54,7 +63,8 @@ def plot_curves(
             few = len(points) < 40
             axes.plot(*np.array(points, float).reshape(-1, 2).T, marker="." if few else None, linewidth=1.5, label=name)
         scores = curve.startswith("val/")
-        axes.set_title(curve.removeprefix("train/").removeprefix("val/"), fontsize=11)
+        title = _TITLES.get(curve, curve.removeprefix("train/").removeprefix("val/").replace("_", " "))
+        axes.set_title(title, fontsize=10.5, loc="left")
         if scores:
             reported = [_number(r[curve]) for run in records.values() for r in run if curve in r]
             best = max((value for value in reported if not math.isnan(value)), default=None)

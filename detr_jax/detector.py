@@ -61,6 +61,19 @@ class Detections:
         picture = self.image if image is None else image
         return draw_detections(picture, self.boxes_xyxy, self.labels, self.categories.names, self.scores)
 
+    def to_supervision(self) -> Any:
+        """As `supervision.Detections`, with `class_name` in its data: `pip install supervision`."""
+        try:
+            import supervision  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise UserError("to_supervision needs supervision: pip install supervision") from error
+        return supervision.Detections(
+            xyxy=self.boxes_xyxy.astype(np.float32).reshape(-1, 4),
+            confidence=self.scores.astype(np.float32),
+            class_id=np.array(self.category_ids, int),
+            data={"class_name": np.array(self.names, str)},
+        )
+
     def as_results(self, image_id: int | str) -> list[dict[str, Any]]:
         """In COCO's results format: `image_id`, `category_id`, `bbox` (xywh), `score`, and `category_name`."""
         rows = coco_results(

@@ -57,7 +57,8 @@ def draw_detections(
     # The best last, on top of the others.
     order = np.arange(len(labels))[::-1] if scores is None else np.argsort(scores, kind="stable")
     for i in order:
-        left, top, right, bottom = boxes_xyxy[i]
+        # Of a box that the edge of the image cuts, the line is drawn along the edge.
+        left, top, right, bottom = np.clip(boxes_xyxy[i], 0, [picture.width - 1, picture.height - 1] * 2)
         box = (left, top, max(left, right), max(top, bottom))
         draw.rectangle(_grown(box, 1), outline=(0, 0, 0), width=line + 2)
         draw.rectangle(box, outline=class_color(int(labels[i])), width=line)
@@ -109,8 +110,8 @@ def compare(
     truth = draw_detections(picture, factor * np.asarray(true_boxes_xyxy), true_labels, names)
     found = draw_detections(picture, factor * boxes_xyxy, labels, names, scores)
     panels = [
-        _headed(truth, "ground truth", true_labels, names),
-        _headed(found, f"detections, score at least {threshold:g}", labels, names),
+        headed(truth, "ground truth", true_labels, names),
+        headed(found, f"detections, score at least {threshold:g}", labels, names),
     ]
     return contact_sheet(panels, columns=2, width=width)
 
@@ -237,8 +238,8 @@ def _caption(
     draw.text((place[0] + pad, place[1] + pad / 2), text, (0, 0, 0) if bright else (255, 255, 255), font)
 
 
-def _headed(picture: Image.Image, title: str, labels: np.ndarray, names: Sequence[str]) -> Image.Image:
-    """A picture under its title and a key: each class that is in it, with its color and number of boxes."""
+def headed(picture: Image.Image, title: str, labels: np.ndarray, names: Sequence[str]) -> Image.Image:
+    """A picture under its title and a legend: each class that is in it, with its color and number of boxes."""
     labels = np.asarray(labels, int)
     keys = [
         (int(label), f"{_line(names[label])} {count}")
@@ -255,11 +256,11 @@ def _headed(picture: Image.Image, title: str, labels: np.ndarray, names: Sequenc
             x, y = 0.0, y + row
         places.append((x, y, label, text))
         x += width
-    headed = Image.new("RGB", (picture.width, picture.height + y + row), _PAPER)
-    draw = ImageDraw.Draw(headed)
+    page = Image.new("RGB", (picture.width, picture.height + y + row), _PAPER)
+    draw = ImageDraw.Draw(page)
     draw.text((0, 0), title, _INK, big)
     for x, y, label, text in places:
         draw.rectangle((x, y + 0.15 * small.size, x + small.size, y + 1.15 * small.size), class_color(label), _INK)
         draw.text((x + row, y), text, _INK, small)
-    headed.paste(picture, (0, headed.height - picture.height))
-    return headed
+    page.paste(picture, (0, page.height - picture.height))
+    return page

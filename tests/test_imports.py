@@ -53,7 +53,8 @@ ALLOWED = {
         "checkpoints", "curves", "data", "denoising", "detector", "drawing", "evaluation", "matching", "models",
     },
     "cli": {
-        "checkpoints", "config", "data", "detector", "errors", "export", "postprocess", "surgery", "tta", "visualize",
+        "categories", "checkpoints", "config", "data", "detector", "drawing", "errors", "evaluation", "export",
+        "postprocess", "processes", "surgery", "training", "tta", "visualize",
     },
     "": {"detector", "checkpoints"},
     "pallas_kernels": set(),

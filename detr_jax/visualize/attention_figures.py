@@ -171,7 +171,10 @@ def attention_figure(
     for one in rows:
         layers = one.config.decoder_layers
         headings.append(f"{_name(one)}: decoder cross-attention, layer {layer % layers + 1} of {layers}")
-    sheet = Sheet(headings, [whole(first.image)] * len(chosen), min(len(chosen), 4))
+    # Sampling points are enlarged; a map, or one beside them, is shown on the whole image.
+    enlarged = all(isinstance(one.decoder, Sampling) for one in rows)
+    panels = [(0.0, 0.0, 1.0, 1.0) if enlarged else whole(first.image)] * len(chosen)
+    sheet = Sheet(headings, panels, min(len(chosen), 4))
     for block, one in enumerate(rows):
         attention = one.decoder
         mine = chosen if block == 0 else [_nearest(one, first.boxes_xyxy[-1, query]) for query in chosen]
@@ -179,12 +182,15 @@ def attention_figure(
         top = _top(attention.weights[choice.layer, query, choice.heads] for query in mine)
         for axes, query in zip(sheet.panels[block], mine, strict=True):
             heat = isinstance(attention, Maps)
-            show_image(axes, one.image, whole(one.image), one.caption(query), gray=heat)
+            window = whole(one.image)
+            if enlarged and isinstance(attention, Sampling):
+                window = _squared(_window(one, attention, query, [choice.layer]))
+            show_image(axes, one.image, window, one.caption(query), gray=heat)
             if isinstance(attention, Maps):
                 _heat(axes, attention, query, choice)
             add_box(axes, one.boxes_xyxy[choice.layer, query], color_of(int(one.labels[query])))
             if isinstance(attention, Sampling):
-                _scatter(axes, attention, query, choice, top, small=True)
+                _scatter(axes, attention, query, choice, top, small=not enlarged)
                 add_cross(axes, *attention.references[choice.layer, query, :2])
         if isinstance(attention, Maps):
             _explain_map(sheet, block, head, [line("predicted box, in its class's color", "0.5")])
@@ -285,6 +291,14 @@ def _window(seen: Inspection, sampling: Sampling, query: int, layers: Iterable[i
     side = np.minimum(1.12 * max(*(high - low), 16), size + 2 * margin)  # square, or as the image allows
     low = np.clip((low + high - side) / 2, -margin, size + margin - side)
     return float(low[0]), float(low[1]), float(low[0] + side[0]), float(low[1] + side[1])
+
+
+def _squared(window: Window) -> Window:
+    """The square around a window, with the same center."""
+    x0, y0, x1, y1 = window
+    half = max(x1 - x0, y1 - y0) / 2
+    x, y = (x0 + x1) / 2, (y0 + y1) / 2
+    return x - half, y - half, x + half, y + half
 
 
 def _top(weights: Iterable[np.ndarray]) -> float:

@@ -12,12 +12,12 @@ from detr_jax.data.index import DatasetIndex
 from detr_jax.errors import UserError
 from detr_jax.evaluation import Scores
 from detr_jax.visualize.mistakes import Error, read_image
-from detr_jax.visualize.panels import INK, Sheet, add_box, add_note, color_of, line, show_image
+from detr_jax.visualize.panels import INK, Sheet, add_box, color_of, line, show_image
 from detr_jax.visualize.prediction_figures import square
 
 
 def mistakes_figure(errors: Sequence[Error], index: DatasetIndex, *, number: int = 12) -> Figure:
-    """Misses and false positives, the most expensive of each first, with their surroundings.
+    """Misses and false positives of each kind in turn, the most expensive of each first, with their surroundings.
 
     Args:
         errors: as `errors.find_mistakes` returns them.
@@ -39,8 +39,9 @@ def mistakes_figure(errors: Sequence[Error], index: DatasetIndex, *, number: int
     for name, some in sorts.items():
         kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(e.kind for e in some).most_common())
         headings.append(f"{len(some)} {name}" + (f": {kinds}" if name != "misses" else ""))
+    sorts = {name: _kinds_in_turn(some) for name, some in sorts.items()}
     columns = max(1, min(number // 2, max(map(len, sorts.values()))))
-    sheet = Sheet(headings, [(0, 0, 1, 1)] * columns, min(columns, 6), bar=False)
+    sheet = Sheet(headings, [(0, 0, 1, 1)] * columns, min(columns, 6), bar=False, below=0.16)
     for block, some in enumerate(sorts.values()):
         for axes in sheet.panels[block][len(some) :]:
             axes.set_axis_off()
@@ -97,6 +98,16 @@ def confusion_figure(counts: np.ndarray, names: Sequence[str], scores: Scores, *
     return figure
 
 
+def _kinds_in_turn(errors: Sequence[Error]) -> list[Error]:
+    """The most expensive error of each kind, then the second of each, and so on."""
+    places: Counter[str] = Counter()
+    turns = []
+    for error in errors:
+        turns.append(places[error.kind])
+        places[error.kind] += 1
+    return [error for _, error in sorted(zip(turns, errors, strict=True), key=lambda pair: pair[0])]
+
+
 def _show(axes: Axes, error: Error, index: DatasetIndex) -> None:
     """An error and its surroundings."""
     names, shown = index.category_names, read_image(index, error.image)
@@ -109,7 +120,7 @@ def _show(axes: Axes, error: Error, index: DatasetIndex) -> None:
             title = f"{what} {error.score:.2f}: is {names[error.other_label]}"
     file = index.name(error.image).rsplit("/", 1)[-1]
     show_image(axes, shown, square(_around(error), shown.size, 1.8), title)
-    add_note(axes, f"{file}\ncost {error.cost:.1f}")
+    axes.set_xlabel(f"{file}, cost {error.cost:.1f}", fontsize=7, color=INK, labelpad=2)
     detection, truth = error.box_xyxy, error.other_xyxy
     if error.kind == "miss":
         detection, truth = truth, detection

@@ -39,9 +39,18 @@ class Sheet:
         windows: of a block's panels; those of several rows must have the same shape.
         columns: panels in a row.
         bar: leave room for a color bar.
+        below: room below each panel, in inches.
     """
 
-    def __init__(self, headings: Sequence[str], windows: Sequence[Window], columns: int, *, bar: bool = True):
+    def __init__(
+        self,
+        headings: Sequence[str],
+        windows: Sequence[Window],
+        columns: int,
+        *,
+        bar: bool = True,
+        below: float = 0.0,
+    ):
         ratios = [(x1 - x0) / (y1 - y0) for x0, y0, x1, y1 in windows]  # width to height
         rows = -(-len(windows) // columns)
         widest = sum(ratios[:columns])
@@ -49,7 +58,7 @@ class Sheet:
         right = _BAR + _BAR_TEXT + _GAP if bar else 0.0
         width = 2 * _MARGIN + height * widest + _GAP * (columns - 1) + right
         width = max(width, *(0.5 + 0.092 * len(heading) for heading in headings), 6.5)
-        block = _HEADING + rows * (height + _TITLE) + (rows - 1) * _GAP / 2 + _LEGEND
+        block = _HEADING + rows * (height + _TITLE + below) + (rows - 1) * _GAP / 2 + _LEGEND
         total = block * len(headings) + 0.08
         self.figure = Figure(figsize=(width, total), dpi=120)
         FigureCanvasAgg(self.figure)
@@ -66,7 +75,7 @@ class Sheet:
             panels, x, y = [], _MARGIN, top - _HEADING
             for number, ratio in enumerate(ratios):
                 if number and number % columns == 0:
-                    x, y = _MARGIN, y - height - _TITLE - _GAP / 2
+                    x, y = _MARGIN, y - height - _TITLE - below - _GAP / 2
                 panels.append(self._axes(x, y - _TITLE - height, height * ratio, height))
                 x += height * ratio + _GAP
             self.panels.append(panels)
@@ -88,18 +97,24 @@ class Sheet:
         bar.ax.tick_params(labelsize=8)
 
     def legend(self, block: int, handles: Sequence[Artist]) -> None:
-        """A legend in one row below a block."""
-        self.figure.legend(
-            handles=list(handles),
-            loc="upper left",
-            bbox_to_anchor=((_MARGIN - 0.1) / self._size[0], (self._bottoms[block] - 0.03) / self._size[1]),
-            ncols=len(handles),
-            fontsize=9,
-            frameon=False,
-            columnspacing=1.3,
-            handletextpad=0.45,
-            borderaxespad=0,
-        )
+        """A legend in one row below a block, in smaller letters where it would leave the page."""
+        size, room = 9.0, self.figure.dpi * (self._size[0] - _MARGIN)
+        while True:
+            legend = self.figure.legend(
+                handles=list(handles),
+                loc="upper left",
+                bbox_to_anchor=((_MARGIN - 0.1) / self._size[0], (self._bottoms[block] - 0.03) / self._size[1]),
+                ncols=len(handles),
+                fontsize=size,
+                frameon=False,
+                columnspacing=1.3,
+                handletextpad=0.45,
+                borderaxespad=0,
+            )
+            if size <= 5 or legend.get_window_extent().width <= room:
+                break
+            legend.remove()
+            size -= 0.5
 
 
 def whole(image: Image.Image) -> Window:
@@ -160,12 +175,6 @@ def add_text(axes: Axes, x: float, y: float, text: str, *, color: object = "whit
     axes.text(
         *(x, y, text), color=color, fontsize=size, ha="center", va="center", path_effects=halo, zorder=6, clip_on=True
     )
-
-
-def add_note(axes: Axes, text: str) -> None:
-    """Small letters in the lower left corner of a panel."""
-    halo = [patheffects.withStroke(linewidth=2, foreground="white")]
-    axes.text(0.02, 0.02, text, transform=axes.transAxes, fontsize=7, color=INK, path_effects=halo, zorder=6)
 
 
 def line(label: str, color, *, dashed: bool = False) -> Line2D:
