@@ -44,7 +44,7 @@ def load_split(
     Raises:
         DataError: not found, or bad content: see the table in `coco`.
     """
-    index = _load(data, split)
+    index = _load(data, split, categories)
     if annotated and not index.annotated:
         where = index.report[0].partition(": ")[0]
         raise DataError(
@@ -54,7 +54,7 @@ def load_split(
     return index if categories is None else relabel(index, categories, data.on_bad_annotation)
 
 
-def _load(data: DataConfig, split: Split) -> DatasetIndex:
+def _load(data: DataConfig, split: Split, categories: Categories | None) -> DatasetIndex:
     bad: dict[str, Any] = {"on_bad_image": data.on_bad_image, "on_bad_annotation": data.on_bad_annotation}
     if data.tfds is not None:
         from detr_jax.data.tfds import load_tfds
@@ -68,7 +68,7 @@ def _load(data: DataConfig, split: Split) -> DatasetIndex:
         if voc := find_voc(Path(data.root), split):
             files, images, both = voc
             other = find_voc(Path(data.root), "val" if split == "train" else "train")
-            index = load_voc(files, images, other[0] if other else [], **bad)
+            index = load_voc(files, images, other[0] if other else [], categories, **bad)
             return _same_images(index) if both else index
     annotations, images = find_split(data, split)
     index = load_coco(annotations, images, **bad)
@@ -173,10 +173,10 @@ def _looks_like(root: Path) -> str:
         "obj.data": f"YOLO 1.1 of CVAT (obj.data): {converted}, best 'COCO 1.0'",
         "annotations.xml": f"CVAT's own XML: {converted}, best 'COCO 1.0'",
         "meta.json": f"Supervisely's format: {converted}",
-        "**/_annotations.createml.json": f"CreateML: {converted}, or convert it with datumaro",
-        "**/_annotations.csv": f"Roboflow's CSV: {converted}",
-        "**/*.tfrecord": "TFRecord: prepare it with TFDS and pass --data.tfds",
-        "**/train-annotations-bbox.csv": "Open Images: globox convert FILE annotations.json -f openimage -F coco",
+        "*/_annotations.createml.json": f"CreateML: {converted}, or convert it with datumaro",
+        "*/_annotations.csv": f"Roboflow's CSV: {converted}",
+        "*/*.tfrecord": "TFRecord: prepare it with TFDS and pass --data.tfds",
+        "train-annotations-bbox.csv": "Open Images: globox convert FILE annotations.json -f openimage -F coco",
     }
     for pattern, what in formats.items():
         if next(root.glob(pattern), None) is not None:

@@ -1,7 +1,7 @@
 """The index of a Pascal VOC data set: an XML file for each image.
 
 Categories are the names in all files of the data set, sorted, so that training and validation number them alike; their
-ids count from 1. Corners are pixels as written, from 0, except in Pascal's own data, which counts from 1. `difficult`
+ids count from 1, or are those of a model with classes of these names. Corners are pixels as written, from 0, except in Pascal's own data, which counts from 1. `difficult`
 objects are treated as crowds: left out of training, ignored in scoring, as in the challenge.
 
 (Read here and not by a library for the reason given in `yolo`.)
@@ -13,6 +13,7 @@ from typing import Any
 
 from etils.epath import Path
 
+from detr_jax.categories import Categories
 from detr_jax.data.coco import index_content
 from detr_jax.data.index import DatasetIndex, OnBad
 from detr_jax.data.yolo import SUFFIXES, upright_size
@@ -25,6 +26,7 @@ def load_voc(
     files: Sequence[Path],
     images: Path,
     every_file: Sequence[Path],
+    categories: Categories | None = None,
     *,
     on_bad_image: OnBad,
     on_bad_annotation: OnBad,
@@ -35,6 +37,7 @@ def load_voc(
         files: of the split.
         images: folder of their images.
         every_file: of all splits, for the names of the classes.
+        categories: of a model: the ids of classes with its names.
         on_bad_image: `error`, or `skip` and report.
         on_bad_annotation: `error`, or `skip` and report.
 
@@ -45,7 +48,11 @@ def load_voc(
     names = sorted({name for root in roots.values() for item in root.iter("object") if (name := _text(item, "name"))})
     if not names:
         raise DataError(f"{files[0].parent}: no object with a name in {len(roots)} XML files; expected Pascal VOC's")
-    ids = {name: number for number, name in enumerate(names, 1)}
+    own = Categories(tuple(range(1, len(names) + 1)), tuple(names))
+    if categories is not None:
+        found, unused = own.match(categories).named().labels, max(categories.ids, default=0) + 1
+        own = Categories(tuple(categories.ids[x] if x >= 0 else unused + i for i, x in enumerate(found)), own.names)
+    ids = dict(zip(own.names, own.ids, strict=True))
     records, annotations, problems = [], [], []
     for number, path in enumerate(files, 1):
         root = roots[path]

@@ -117,12 +117,23 @@ def _images(path: Path, entries: Iterable[Any], root: Path) -> list[Path]:
             tried = ", ".join(dict.fromkeys(map(str, places)))
             raise DataError(f"{path}: {entry}: no such folder or file; looked for {tried}. Set path: in it, or move it")
         if found.is_dir():
-            images += sorted(p for p in found.rglob("*") if p.suffix.lower() in SUFFIXES)
+            images += _images_in(found)
         else:
             listed = [line.strip() for line in _lines(found) if line.strip()]
             images += [p if (p := found.parent / line).exists() else root / line for line in listed]
     if not images:
         raise DataError(f"{path}: no image in {', '.join(map(str, entries))}; expected {', '.join(SUFFIXES)}")
+    return images
+
+
+def _images_in(folder: Path) -> list[Path]:
+    """The images in a folder and in the folders in it."""
+    images = []
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in SUFFIXES:
+            images.append(path)
+        elif not path.suffix and path.is_dir():
+            images += _images_in(path)
     return images
 
 
