@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from detr_jax.categories import Categories
-from detr_jax.config import Config, DataConfig, LossConfig, from_dict
+from detr_jax.config import Config, DataConfig, LossConfig, TTAConfig, from_dict
 from detr_jax.errors import DataError, NotFoundError, UserError
-from detr_jax.tta import TTAConfig
 from detr_jax.visualize import command as figures
 
 if TYPE_CHECKING:

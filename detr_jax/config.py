@@ -564,6 +564,29 @@ class Config:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class TTAConfig:
+    """Test-time augmentation: the views of an image, and how their boxes are merged (`detr_jax.tta`)."""
+
+    scales: tuple[int, ...] = (600, 800, 1000, 1200)
+    """The shorter side in each view; the longest possible one grows with it."""
+    flip: bool = True
+    """Each scale also flipped left to right."""
+    iou: float = 0.55
+    """Boxes of one class that overlap more than this are one object; the library's default."""
+
+    def __post_init__(self):
+        if not self.scales or min(self.scales) < 1:
+            raise UserError(f"tta.scales={self.scales}: expected at least one size in pixels")
+        if not 0 <= self.iou < 1:
+            raise UserError(f"tta.iou={self.iou}: expected at least 0 and less than 1")
+
+    @property
+    def views(self) -> list[tuple[int, bool]]:
+        """(scale, flipped) of each view."""
+        return [(scale, flip) for scale in self.scales for flip in (False, True)[: 1 + self.flip]]
+
+
 def from_dict(values: Mapping[str, Any], model: str, where: object = "config") -> Config:
     """The `Config` that `dataclasses.asdict` was called on, also after a round trip through JSON.
 

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 
 from detr_jax.categories import Categories
 from detr_jax.checkpoints.load import Loaded, load
+from detr_jax.config import TTAConfig
 from detr_jax.data.buckets import inference_buckets, round_up, smallest_bucket
 from detr_jax.data.image import ImageLike, is_image, open_image, pad_to_bucket
 from detr_jax.data.resample import normalize
@@ -25,7 +26,7 @@ from detr_jax.data.transforms import resize_size
 from detr_jax.drawing import draw_detections
 from detr_jax.errors import UserError
 from detr_jax.postprocess import coco_results, postprocess
-from detr_jax.tta import Boxes, TTAConfig, flip_boxes, merge, scaled_max_size
+from detr_jax.tta import Boxes, flip_boxes, merge, scaled_max_size
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

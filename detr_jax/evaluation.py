@@ -23,7 +23,7 @@ from detr_jax import processes, sharding
 from detr_jax.categories import Categories
 from detr_jax.checkpoints import store
 from detr_jax.checkpoints.load import restore_model
-from detr_jax.config import Config, DataConfig, from_dict
+from detr_jax.config import Config, DataConfig, TTAConfig, from_dict
 from detr_jax.data.coco import judge, read_annotations
 from detr_jax.data.index import DatasetIndex, index_boxes, raise_or_skip
 from detr_jax.data.pipeline import batches
@@ -33,7 +33,7 @@ from detr_jax.drawing import compare
 from detr_jax.errors import UserError
 from detr_jax.postprocess import coco_results, write_results
 from detr_jax.train_step import make_detect_step
-from detr_jax.tta import Boxes, TTAConfig, flip_boxes, merge, scaled_max_size
+from detr_jax.tta import Boxes, flip_boxes, merge, scaled_max_size
 
 Detections = tuple[Any, Any, Any]
 """scores float32 [b, n], labels int32 [b, n], boxes_xyxy float32 [b, n, 4] in pixels of the annotated image."""

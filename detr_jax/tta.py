@@ -8,36 +8,12 @@ view. A DETR has no duplicates to suppress within a view: two overlapping boxes 
 no view has such a pair, the result is that of the authors' library, `ensemble-boxes`.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from detr_jax.boxes import box_iou
-
-
-@dataclasses.dataclass(frozen=True)
-class TTAConfig:
-    """The views of an image, and how their boxes are merged."""
-
-    scales: tuple[int, ...] = (600, 800, 1000, 1200)
-    """The shorter side in each view; the longest possible one grows with it."""
-    flip: bool = True
-    """Each scale also flipped left to right."""
-    iou: float = 0.55
-    """Boxes of one class that overlap more than this are one object; the library's default."""
-
-    def __post_init__(self):
-        if not self.scales or min(self.scales) < 1:
-            raise ValueError(f"tta.scales={self.scales}: expected at least one size in pixels")
-        if not 0 <= self.iou < 1:
-            raise ValueError(f"tta.iou={self.iou}: expected at least 0 and less than 1")
-
-    @property
-    def views(self) -> list[tuple[int, bool]]:
-        """(scale, flipped) of each view."""
-        return [(scale, flip) for scale in self.scales for flip in (False, True)[: 1 + self.flip]]
 
 
 def scaled_max_size(size: int, scale: int, max_size: int) -> int:

@@ -35,7 +35,7 @@ ALLOWED = {
     "train_step": {
         "config", "categories", "sharding", "models", "denoising", "losses", "postprocess", "data", "checkpoints",
     },
-    "detector": {"categories", "checkpoints", "data", "drawing", "errors", "postprocess", "tta"},
+    "detector": {"categories", "checkpoints", "config", "data", "drawing", "errors", "postprocess", "tta"},
     "evaluation": {
         "categories", "checkpoints", "config", "data", "drawing", "errors", "postprocess", "processes", "sharding",
         "train_step", "tta",
@@ -54,7 +54,7 @@ ALLOWED = {
     },
     "cli": {
         "categories", "checkpoints", "config", "data", "detector", "drawing", "errors", "evaluation", "export",
-        "postprocess", "processes", "surgery", "training", "tta", "visualize",
+        "postprocess", "processes", "surgery", "training", "visualize",
     },
     "": {"detector", "checkpoints"},
     "pallas_kernels": set(),
