@@ -40,17 +40,17 @@ class BackboneConfig:
     def __post_init__(self):
         for name in ("groups", "group_width", "deform_groups"):
             if (value := getattr(self, name)) < 1:
-                raise ValueError(f"model.backbone.{name}={value} must be at least 1")
+                raise UserError(f"model.backbone.{name}={value} must be at least 1")
         width = self.groups * self.group_width
         if self.depth < 50 and (self.groups, self.group_width) != (1, 64):
-            raise ValueError(
+            raise UserError(
                 f"model.backbone.groups={self.groups} with group_width={self.group_width} needs bottleneck blocks: "
                 f"set model.backbone.depth to 50 or 101, got {self.depth}"
             )
         if self.norm == "group" and width % 32:
-            raise ValueError(f"model.backbone.groups * group_width = {width} must be a multiple of 32 for norm='group'")
+            raise UserError(f"model.backbone.groups * group_width = {width} must be a multiple of 32 for norm='group'")
         if 2 * width % self.deform_groups:
-            raise ValueError(
+            raise UserError(
                 f"model.backbone.deform_groups={self.deform_groups} must divide the {2 * width} channels of C3's 3x3 "
                 "convolutions"
             )

@@ -283,7 +283,7 @@ def add_deform_conv(loaded: Loaded, version: Literal[1, 2] = 2, *, groups: int =
     """
     old = loaded.config.backbone
     if old.deform_version:
-        raise ValueError(f"add_deform_conv: the backbone has them already: {describe_backbone(old)}")
+        raise UserError(f"add_deform_conv: the backbone has them already: {describe_backbone(old)}")
     new = dataclasses.replace(old, deform_version=version, deform_groups=groups)
     config: ModelConfig = dataclasses.replace(loaded.config, backbone=new)
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from detr_jax.data.image import ImageLike, open_image
 from detr_jax.data.resample import normalize
 from detr_jax.detector import Detector
+from detr_jax.errors import UserError
 from detr_jax.visualize.inspection import Inspector, Sampling
 from detr_jax.visualize.panels import Sheet, add_cross, show_image, whole
 
@@ -33,7 +34,7 @@ def convolution_figure(detector: Detector, image: ImageLike, point: tuple[float,
     """
     backbone = detector.config.backbone
     if not backbone.deform_version:
-        raise ValueError(
+        raise UserError(
             "the backbone has no deformable convolutions (model.backbone.deform_version is 0): nothing is sampled "
             "elsewhere than a convolution does"
         )

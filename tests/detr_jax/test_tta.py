@@ -11,8 +11,8 @@ from PIL import Image, ImageOps
 from detr_jax import detector
 from detr_jax.categories import Categories
 from detr_jax.config import BackboneConfig, DataConfig, DeformableDETRConfig, TTAConfig
-from detr_jax.data.image import DataError
 from detr_jax.data.splits import load_split
+from detr_jax.errors import DataError
 from detr_jax.evaluation import evaluate_checkpoint
 from detr_jax.tta import Boxes, flip_boxes, merge
 
