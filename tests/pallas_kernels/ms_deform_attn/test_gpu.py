@@ -41,5 +41,5 @@ def test_without_triton(monkeypatch):
     """As in a JAX that has dropped it."""
     monkeypatch.setattr(gpu, "plt", None)
     inputs = problem(SMALL["one_of_each"])
-    with pytest.raises(NotImplementedError, match="needs the Triton backend of Pallas, which jax .* does not have"):
+    with pytest.raises(NotImplementedError, match=r"needs the Triton backend of Pallas, which jax .* does not have"):
         ms_deform_attn(inputs.value, ((1, 1),), *inputs[1:3], implementation="gpu")
