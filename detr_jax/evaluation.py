@@ -30,7 +30,7 @@ from detr_jax.data.pipeline import batches
 from detr_jax.data.sampler import EvalSampler
 from detr_jax.data.splits import load_split
 from detr_jax.drawing import compare
-from detr_jax.errors import UserError
+from detr_jax.errors import DataError, UserError
 from detr_jax.postprocess import coco_results, write_results
 from detr_jax.train_step import make_detect_step
 from detr_jax.tta import Boxes, flip_boxes, merge, scaled_max_size
@@ -158,6 +158,8 @@ def _scored(content: Mapping[str, Any], source: Any) -> list[dict[str, Any]]:
     images, categories = content["images"], content["categories"]
     sizes = {i["id"]: (i["height"], i["width"]) if "height" in i and "width" in i else None for i in images}
     where = source if isinstance(source, str | os.PathLike) else "ground truth"
+    if "annotations" not in content:
+        raise DataError(f"{where}: annotations: missing, so that there is nothing to score with")
     ids = [category["id"] for category in categories]
     found, problems = judge(content["annotations"], sizes, ids, where)
     raise_or_skip(where, "error", (), "error", problems)

@@ -155,6 +155,12 @@ def test_what_cannot_be_an_annotations_file_is_one_message(what, message, folder
             read()
 
 
+def test_a_file_without_annotations_cannot_be_scored(folder, tmp_path):
+    path = write(tmp_path, {name: values for name, values in content().items() if name != "annotations"})
+    with pytest.raises(DataError, match=r"a\.json: annotations: missing"):
+        evaluation.score(path, [])
+
+
 def test_the_largest_ids_survive(folder, tmp_path):
     largest = 2**63 - 1
     images = [{"id": largest, "file_name": "1.png", "height": 40, "width": 60}]
