@@ -246,7 +246,7 @@ def predict(
         for path in tqdm(paths, "detecting", unit=" images"):
             try:
                 image = open_image(path)
-            except (ValueError, OSError) as error:
+            except (UserError, OSError) as error:
                 failed.append(f"  {error}")
                 continue
             read.append(path)

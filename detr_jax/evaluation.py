@@ -22,7 +22,7 @@ from tqdm import tqdm
 from detr_jax import processes, sharding
 from detr_jax.categories import Categories
 from detr_jax.checkpoints import store
-from detr_jax.checkpoints.load import restore_model
+from detr_jax.checkpoints.load import restore_model, not_finite
 from detr_jax.config import Config, DataConfig, TTAConfig, from_dict
 from detr_jax.data.coco import judge, read_annotations
 from detr_jax.data.index import DatasetIndex, index_boxes, raise_or_skip
@@ -315,6 +315,7 @@ def evaluate_checkpoint(
         raise UserError(f"{index.report[0]}, no annotations to score with: pass --results FILE for the detections")
     mesh = sharding.make_mesh()
     model = restore_model(directory, step, config, mesh)
+    warnings = not_finite({jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(model[1:])})
     with jax.set_mesh(mesh), processes.plain_errors():
         if tta is None:
             sampler = EvalSampler(index, data, batch_size)
@@ -326,7 +327,11 @@ def evaluate_checkpoint(
     if jax.process_index() == 0:
         views = [] if tta is None else [f"test-time augmentation: {len(tta.views)} views, scales {tta.scales}"]
         table = [scores.table()] if scores else []
-        print("\n".join([f"{directory}, step {saved['step']}, {len(index)} images", *index.report, *views, *table]))
+        print(
+            "\n".join(
+                [f"{directory}, step {saved['step']}, {len(index)} images", *index.report, *views, *table, *warnings]
+            )
+        )
         if results:
             write_results(results, detections)
             print(f"results   {results}: {len(detections)} detections")
