@@ -96,23 +96,3 @@ def write_config(path: Path, run: Config) -> Path:
         f"config = from_dict({dataclasses.asdict(run)!r}, {type(run.model).__name__!r})\n"
     )
     return path
-
-
-def smallest(output_dir: str | Path, **train) -> Config:
-    """As `config`, but one program of a few seconds to compile: a layer each, one level, one bucket."""
-    run = config(output_dir, **({"batch_size": 4, "checkpoint_every": 1000} | train))
-    model = dataclasses.replace(
-        run.model,
-        encoder_layers=1,
-        decoder_layers=1,
-        num_queries=10,
-        num_levels=1,
-        two_stage=False,
-        box_refinement=False,
-    )
-    return dataclasses.replace(
-        run,
-        model=model,
-        data=dataclasses.replace(run.data, buckets=((96, 96),)),
-        optim=OptimConfig(lr=1e-3),
-    )

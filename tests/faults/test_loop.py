@@ -12,44 +12,31 @@ import pytest
 import tiny
 from etils import epath
 
-from detr_jax import evaluation, resuming, training
+from detr_jax import evaluation, resuming, sharding, training
 from detr_jax.checkpoints import store
 from detr_jax.errors import DataError, UserError
 from detr_jax.metric_writer import read_metrics
 
 
+@pytest.fixture(scope="module", autouse=True)
+def two_devices():
+    """What is replicated is computed on each device: two of the eight will do."""
+    with pytest.MonkeyPatch.context() as patch:
+        make_mesh = sharding.make_mesh
+        patch.setattr(sharding, "make_mesh", lambda num_devices=2: make_mesh(num_devices))
+        yield
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """`config(folder, **train)`: two epochs of two steps, each evaluated, on some images of the data set."""
-    root, folder = tiny.DATA / "bccd", tmp_path_factory.mktemp("annotations")
-    for split, number in (("train", 16), ("val", 8)):
-        content = json.loads((root / f"annotations/instances_{split}.json").read_text())
-        content["images"] = content["images"][:number]
-        ids = {image["id"] for image in content["images"]}
-        content["annotations"] = [one for one in content["annotations"] if one["image_id"] in ids]
-        (folder / f"{split}.json").write_text(json.dumps(content))
+    """`config(folder, **train)`: three steps, and an evaluation at the end."""
+    data = tiny.sixteen_images(tmp_path_factory.mktemp("data") / "cells")
 
     def make(output_dir, **train):
-        run = tiny.smallest(output_dir, **({"batch_size": 8, "epochs": 2, "eval_every": 1, "log_every": 3} | train))
-        files = {f"{split}_annotations": str(folder / f"{split}.json") for split in ("train", "val")}
-        return dataclasses.replace(run, data=dataclasses.replace(run.data, **files))
+        defaults = {"epochs": 3, "eval_every": 0, "log_every": 2, "checkpoint_every": 1000}
+        return tiny.fast_config(data, output_dir, **(defaults | train))
 
     return make
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    """One compilation for the module: each `train` finds it in jax's cache."""
-    values = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in values}
-    for name, value in values.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 def numbers(folder):
@@ -109,8 +96,8 @@ def test_sigterm_is_noticed_between_log_steps_and_nothing_is_lost(tmp_path, conf
 
 def test_a_damaged_checkpoint_costs_its_steps_and_no_more(tmp_path, config, whole, capsys):
     run = config(tmp_path / "run", checkpoint_every=1)
-    training.train(dataclasses.replace(run, train=dataclasses.replace(run.train, max_steps=3)))
-    newest = tmp_path / "run" / "checkpoints" / "3"
+    training.train(dataclasses.replace(run, train=dataclasses.replace(run.train, max_steps=2)))
+    newest = tmp_path / "run" / "checkpoints" / "2"
     data = max((path for path in newest.rglob("d/*") if path.is_file()), key=lambda path: path.stat().st_size)
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
@@ -126,7 +113,7 @@ def test_a_bad_image_saves_the_steps_before_it(tmp_path, config, monkeypatch):
     original, run = pipeline._Loader._load, config(tmp_path / "run")
 
     def load(self, i):
-        if len(seen) >= 12 and not self.every_image_once:
+        if len(seen) >= 20 and not self.every_image_once:
             raise DataError("bad.jpg: truncated")
         seen.append(i)
         return original(self, i)
@@ -135,7 +122,7 @@ def test_a_bad_image_saves_the_steps_before_it(tmp_path, config, monkeypatch):
     monkeypatch.setattr(pipeline._Loader, "_load", load)
     with pytest.raises(DataError, match=r"bad\.jpg"):
         training.train(run)
-    assert store.latest_step(str(tmp_path / "run")) == 1
+    assert store.latest_step(str(tmp_path / "run")) == 2
 
 
 def test_a_failing_evaluation_loses_nothing_and_is_made_up_for(tmp_path, config, whole, monkeypatch):
@@ -148,7 +135,7 @@ def test_a_failing_evaluation_loses_nothing_and_is_made_up_for(tmp_path, config,
         patch.setattr(evaluation, "score", fail)
         with pytest.raises(RuntimeError, match="scoring failed"):
             training.train(run)
-    assert store.latest_step(str(tmp_path / "run")) == 2
+    assert store.latest_step(str(tmp_path / "run")) == 3
     scores = training.train(run)
     assert scores is not None and store.read_metadata(str(tmp_path / "run"))["AP"] == scores.AP
     same_end(tmp_path / "run", whole)
