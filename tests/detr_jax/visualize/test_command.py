@@ -4,22 +4,24 @@ import dataclasses
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 import tiny
 from PIL import Image
+from transformers_weights import load, random_weights
 
-from detr_jax import cli, sharding, train_step
-from detr_jax.checkpoints import store
+from detr_jax import cli
+from detr_jax.categories import Categories
+from detr_jax.checkpoints import describe_run, store
 from detr_jax.data.splits import load_split
+from detr_jax.models import split
 
 pytestmark = pytest.mark.usefixtures("short_resnet")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, data_dir):
-    """The output folder of a run that stopped before its first step, and a validation image."""
+    """The output folder of a run, with random parameters, and a validation image."""
     folder = tmp_path_factory.mktemp("run")
     root = folder / "two_images"
     (root / "annotations").mkdir(parents=True)
@@ -39,17 +41,10 @@ def run(tmp_path_factory, data_dir):
         data=dataclasses.replace(config.data, root=str(root)),
     )
     index = load_split(config.data, "val")
-    mesh = sharding.make_mesh(1)
-    with jax.set_mesh(mesh):
-        _, state = train_step.init_state(config, train_step.make_optimizer(config.optim, 10), mesh)
-        metadata = {
-            "config": dataclasses.asdict(config),
-            "model": type(config.model).__name__,
-            "category_ids": list(index.category_ids),
-            "category_names": list(index.category_names),
-        }
-        with store.CheckpointWriter(str(folder / "checkpoints"), keep_last=1, keep_best=0) as writer:
-            writer.save(1, state, metadata, ap=None)
+    _, params, buffers = split(config.model, load(config.model, random_weights(config.model)))
+    metadata = describe_run(config, Categories(index.category_ids, index.category_names))
+    with store.CheckpointWriter(str(folder / "checkpoints"), keep_last=1, keep_best=0) as writer:
+        writer.save(1, {"params": params, "buffers": buffers}, metadata)
     lines = [{"step": step, "epoch": step / 2, "hours": step / 9, "train/loss": 3 / step} for step in (1, 2)]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return folder, root / "images" / index.name(0)
