@@ -12,7 +12,7 @@ from PIL import Image
 from detr_jax import Detector
 from detr_jax.config import DataConfig
 from detr_jax.data.splits import load_split
-from detr_jax.visualize import Inspector, contact_sheet, sampling_figure
+from detr_jax.visualize import Inspector, sampling_figure
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,9 +32,12 @@ def main(checkpoint: str = "runs/bccd", out: str = str(ROOT / "docs/demo.jpg"), 
     file = io.BytesIO()
     sampling_figure(Inspector(detector)(image)).savefig(file, format="png", dpi=200)
     points = Image.open(file).convert("RGB")
-    height = 720
+    height, gap = 480, 12
     pictures = [picture.resize((picture.width * height // picture.height, height)) for picture in (drawn, points)]
-    contact_sheet(pictures, columns=2, width=max(picture.width for picture in pictures)).save(out, quality=88)
+    whole = Image.new("RGB", (sum(picture.width for picture in pictures) + gap, height), "white")
+    whole.paste(pictures[0], (0, 0))
+    whole.paste(pictures[1], (pictures[0].width + gap, 0))
+    whole.save(out, quality=88)
     print(f"wrote {out}")
 
 

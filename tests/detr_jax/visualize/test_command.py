@@ -14,7 +14,7 @@ from detr_jax import cli
 from detr_jax.categories import Categories
 from detr_jax.checkpoints import describe_run, store
 from detr_jax.data.splits import load_split
-from detr_jax.models import split
+from detr_jax.models import split as split_parameters
 
 pytestmark = pytest.mark.usefixtures("short_resnet")
 
@@ -41,7 +41,7 @@ def run(tmp_path_factory, data_dir):
         data=dataclasses.replace(config.data, root=str(root)),
     )
     index = load_split(config.data, "val")
-    _, params, buffers = split(config.model, load(config.model, random_weights(config.model)))
+    _, params, buffers = split_parameters(config.model, load(config.model, random_weights(config.model)))
     metadata = describe_run(config, Categories(index.category_ids, index.category_names))
     with store.CheckpointWriter(str(folder / "checkpoints"), keep_last=1, keep_best=0) as writer:
         writer.save(1, {"params": params, "buffers": buffers}, metadata)
