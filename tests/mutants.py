@@ -180,8 +180,8 @@ MUTANTS = [
     Mutant(
         "raw parameters are evaluated",
         "detr_jax/training.py",
-        'state.get("ema", state["params"])',
-        'state["params"]',
+        'params = state.get("ema", state["params"])\n                    scores, _',
+        'params = state["params"]\n                    scores, _',
         f"{PROMISES} -k averaged",
     ),
     Mutant(
@@ -229,23 +229,21 @@ MUTANTS = [
     Mutant(
         "SIGTERM does not save",
         "detr_jax/training.py",
-        "save = run.is_save_step(done) or leave",
-        "save = run.is_save_step(done)",
+        "    except Interrupted:\n        save()\n",
+        "    except Interrupted:\n",
         f"{PROMISES} -k sigterm",
     ),
-    Mutant(
-        "the optimizer's state is not resumed",
-        "detr_jax/training.py",
-        "        state = store.restore(str(run.output_dir), state)\n",
-        '        state |= store.restore(str(run.output_dir), {n: x for n, x in state.items() if n != "opt_state"})\n',
-        f"{PROMISES} -k resumed",
-    ),
-    Mutant(
-        "the average is not resumed",
-        "detr_jax/training.py",
-        "        state = store.restore(str(run.output_dir), state)\n",
-        '        state |= store.restore(str(run.output_dir), {n: x for n, x in state.items() if n != "ema"})\n',
-        f"{PROMISES} -k resumed",
+    *(
+        Mutant(
+            f"{what} is not resumed",
+            "detr_jax/training.py",
+            "        state = store.restore(str(run.output_dir), shapes, start, verify=False)\n",
+            "        state = init_state(run.config, run.optimizer, run.mesh, run.categories)[1]\n"
+            f'        kept = {{name: leaf for name, leaf in shapes.items() if name != "{entry}"}}\n'
+            "        state |= store.restore(str(run.output_dir), kept, start, verify=False)\n",
+            f"{PROMISES} -k resumed",
+        )
+        for what, entry in (("the optimizer's state", "opt_state"), ("the average", "ema"))
     ),
 ]
 

@@ -42,9 +42,11 @@ def data(tmp_path_factory):
 
 
 def config(data, output_dir, **train):
-    """Three epochs of one step; a checkpoint and an evaluation after each."""
+    """Three epochs of one step; a checkpoint and an evaluation after each. One decoder layer, one level."""
     defaults = {"epochs": 3, "eval_every": 1, "checkpoint_every": 1, "keep_last": 3}
-    return tiny.fast_config(data, output_dir, **(defaults | train))
+    run = tiny.fast_config(data, output_dir, **(defaults | train))
+    small = {"decoder_layers": 1, "num_levels": 1, "two_stage": False, "box_refinement": False}
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, **small))
 
 
 def losses(directory: Path) -> dict[int, float]:
