@@ -22,7 +22,7 @@ from tqdm import tqdm
 from detr_jax import processes, sharding
 from detr_jax.categories import Categories
 from detr_jax.checkpoints import store
-from detr_jax.checkpoints.load import restore_model, not_finite
+from detr_jax.checkpoints.load import not_finite, restore_model
 from detr_jax.config import Config, DataConfig, TTAConfig, from_dict
 from detr_jax.data.coco import judge, read_annotations
 from detr_jax.data.index import DatasetIndex, index_boxes, raise_or_skip
