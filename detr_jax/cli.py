@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import importlib.metadata
 import importlib.util
+import os
 import sys
 import traceback
 from collections import Counter, deque
@@ -19,6 +20,7 @@ import tyro
 from detr_jax.categories import Categories
 from detr_jax.config import Config, DataConfig, LossConfig, TTAConfig, from_dict
 from detr_jax.errors import DataError, NotFoundError, UserError
+from detr_jax.stall import StalledError
 from detr_jax.visualize import command as figures
 
 if TYPE_CHECKING:
@@ -520,6 +522,10 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         main(sys.argv[1:])
     except UserError as error:
         sys.exit(f"error: {error}")
+    except StalledError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)  # threads that wait for storage would keep the process
     except OSError as error:
         if error.filename is None:
             raise

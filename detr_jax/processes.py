@@ -6,6 +6,7 @@ A run on one host has one process, for which all of this is nothing.
 import contextlib
 import os
 import queue
+import re
 import socket
 import sys
 import threading
@@ -191,8 +192,8 @@ def plain_errors() -> Iterator[None]:
 def abort(error: BaseException) -> NoReturn:
     """Ends this process at once: the others wait for it in a collective, and are told by jax that it is gone."""
     traceback.print_exception(error)
-    if isinstance(error, jax.errors.JaxRuntimeError):
-        # Another process is likely to be gone: jax names it as soon as its heartbeat is missed.
+    if isinstance(error, jax.errors.JaxRuntimeError) or re.match("[A-Z_]+: ", str(error)):
+        # A collective failed, so another process is gone: jax ends this one and names it when its heartbeat is missed.
         print("waiting to hear which process is gone", file=sys.stderr, flush=True)
         time.sleep(_HEARTBEAT_SECONDS + 10)
     print(f"error: process {jax.process_index()} on {socket.gethostname()} ends: {error}", file=sys.stderr, flush=True)

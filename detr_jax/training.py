@@ -215,7 +215,7 @@ def train_steps(run: Run, profile: range, interrupted: Callable[[], bool]) -> Sc
 
 
 def prepare(config: Config) -> Run:
-    """Reads the data sets and lays out the run; nothing is compiled or written yet.
+    """Reads the data sets and lays out the run; nothing is compiled yet.
 
     Raises:
         DataError: something is wrong with the data set.
@@ -223,9 +223,10 @@ def prepare(config: Config) -> Run:
     """
     mesh = sharding.make_mesh()
     sharding.host_rows(config.train.batch_size, mesh)  # raises before the data is read
-    train_index = load_split(config.data, "train")
+    cache = epath.Path(config.train.output_dir) / "intact_images"
+    train_index = load_split(config.data, "train", cache=cache)
     categories = Categories(train_index.category_ids, train_index.category_names)
-    val_index = load_split(config.data, "val", categories)
+    val_index = load_split(config.data, "val", categories, cache=cache)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=train_index.num_classes))
     sampler = TrainSampler(train_index, config.data, config.train.batch_size, config.train.seed)
     eval_sampler = EvalSampler(val_index, config.data, config.train.batch_size)

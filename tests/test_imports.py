@@ -54,7 +54,7 @@ ALLOWED = {
     },
     "cli": {
         "categories", "checkpoints", "config", "data", "detector", "drawing", "errors", "evaluation", "export",
-        "postprocess", "processes", "surgery", "training", "visualize",
+        "postprocess", "processes", "stall", "surgery", "training", "visualize",
     },
     "": {"detector", "checkpoints"},
     "pallas_kernels": set(),

@@ -30,8 +30,10 @@ raised as one `DataError` before training starts):
 | file damaged beyond its header                                  | error that names it, when it is read             |
 """
 
+import hashlib
 import json
 import math
+import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -64,6 +66,7 @@ def load_coco(
     *,
     on_bad_image: OnBad = "error",
     on_bad_annotation: OnBad = "error",
+    cache: Path | None = None,
 ) -> DatasetIndex:
     """Reads a COCO annotations file and the header of each of its images.
 
@@ -72,13 +75,19 @@ def load_coco(
         images: folder that `file_name` is relative to.
         on_bad_image: `error`, or `skip` and report.
         on_bad_annotation: `error`, or `skip` and report.
+        cache: folder that notes whose images were found intact, so that the next start opens none of them.
 
     Raises:
         DataError: see the table above.
     """
     path = Path(annotations)
     return index_content(
-        read_annotations(path), path, Path(images), on_bad_image=on_bad_image, on_bad_annotation=on_bad_annotation
+        read_annotations(path),
+        path,
+        Path(images),
+        on_bad_image=on_bad_image,
+        on_bad_annotation=on_bad_annotation,
+        cache=cache,
     )
 
 
@@ -91,6 +100,7 @@ def index_content(
     on_bad_annotation: OnBad,
     problems: Sequence[str] = (),
     notes: Sequence[str] = (),
+    cache: Path | None = None,
 ) -> DatasetIndex:
     """The index of what a reader found, checked: `images`, `annotations` and `categories` as in a COCO file.
 
@@ -102,6 +112,7 @@ def index_content(
         on_bad_annotation: `error`, or `skip` and report.
         problems: of annotations that the reader could not read.
         notes: of the reader, for the report.
+        cache: see `load_coco`.
 
     Raises:
         DataError: see the table above.
@@ -113,7 +124,7 @@ def index_content(
     ids = tuple(sorted(names_of))
     names = tuple(names_of[i] for i in ids)
 
-    good_images, turned, image_problems = _check_images(records, images)
+    good_images, turned, image_problems = _check_images_once(records, images, cache)
     sizes_of = {i: _size(record) for i, record in records.items()}
     found, unfit = judge(content.get("annotations", []), sizes_of, ids, path)
     problems = [*problems, *unfit]
@@ -196,6 +207,26 @@ def read_annotations(path: Path) -> dict[str, Any]:
 
 def _size(record: dict[str, Any]) -> tuple[int, int]:
     return record["height"], record["width"]
+
+
+def _check_images_once(
+    records: dict[int, dict[str, Any]], folder: Path, cache: Path | None
+) -> tuple[list[int], int, list[str]]:
+    """As `_check_images`; opens no image if all were good at an earlier start with the same folder and records."""
+    if cache is None:
+        return _check_images(records, folder)
+    checked = [(record["id"], record["file_name"], *_size(record)) for record in records.values()]
+    digest = hashlib.sha256(json.dumps([str(folder), checked]).encode()).hexdigest()
+    noted = cache / f"{digest}.json"
+    if noted.exists():
+        return list(records), json.loads(noted.read_text())["turned"], []
+    good, turned, problems = _check_images(records, folder)
+    if not problems:
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = cache / f"{digest}.{uuid.uuid4().hex}"
+        temporary.write_text(json.dumps({"images": str(folder), "number": len(good), "turned": turned}))
+        temporary.replace(noted)
+    return good, turned, problems
 
 
 def _check_images(records: dict[int, dict[str, Any]], folder: Path) -> tuple[list[int], int, list[str]]:

@@ -31,7 +31,12 @@ _XML_FOLDERS = ("Annotations", "annotations", "")
 
 
 def load_split(
-    data: DataConfig, split: Split, categories: Categories | None = None, *, annotated: bool = True
+    data: DataConfig,
+    split: Split,
+    categories: Categories | None = None,
+    *,
+    annotated: bool = True,
+    cache: Path | None = None,
 ) -> DatasetIndex:
     """Reads the training or validation set that `data` describes.
 
@@ -40,11 +45,12 @@ def load_split(
         split: `train` or `val`.
         categories: of a model, which then gives the labels; `None` takes the categories of the annotations.
         annotated: the set must have annotations.
+        cache: see `load_coco`.
 
     Raises:
         DataError: not found, or bad content: see the table in `coco`.
     """
-    index = _load(data, split, categories)
+    index = _load(data, split, categories, cache)
     if annotated and not index.annotated:
         where = index.report[0].partition(": ")[0]
         raise DataError(
@@ -54,7 +60,7 @@ def load_split(
     return index if categories is None else relabel(index, categories, data.on_bad_annotation)
 
 
-def _load(data: DataConfig, split: Split, categories: Categories | None) -> DatasetIndex:
+def _load(data: DataConfig, split: Split, categories: Categories | None, cache: Path | None) -> DatasetIndex:
     bad: dict[str, Any] = {"on_bad_image": data.on_bad_image, "on_bad_annotation": data.on_bad_annotation}
     if data.tfds is not None:
         from detr_jax.data.tfds import load_tfds
@@ -71,7 +77,7 @@ def _load(data: DataConfig, split: Split, categories: Categories | None) -> Data
             index = load_voc(files, images, other[0] if other else [], categories, **bad)
             return _same_images(index) if both else index
     annotations, images = find_split(data, split)
-    index = load_coco(annotations, images, **bad)
+    index = load_coco(annotations, images, cache=cache, **bad)
     if (data.val_annotations, data.train_annotations)[split == "val"] is not None:
         return index
     return _same_images(index) if annotations in _unsplit(Path(data.root)) else index

@@ -206,3 +206,41 @@ def test_profile_steps():
     for text in ("10", "15:10", "a:b", "10:15:2"):
         with pytest.raises(UserError, match=f"profile_steps: got '{text}', expected FIRST:LAST"):
             training.parse_profile_steps(text)
+
+
+def test_a_second_start_opens_no_image(tmp_path, config, monkeypatch):
+    from detr_jax.data import coco
+    from detr_jax.data.splits import load_split
+
+    data, cache = config(tmp_path).data, epath.Path(tmp_path) / "intact"
+    first = load_split(data, "train", cache=cache)
+    monkeypatch.setattr(coco, "read_header", lambda *args: pytest.fail("an image was opened"))
+    assert load_split(data, "train", cache=cache).fingerprint() == first.fingerprint()
+
+
+def test_a_bad_image_in_mid_run_is_skipped_where_that_is_wanted(tmp_path, config, capsys):
+    from detr_jax.data.pipeline import batches
+    from detr_jax.data.sampler import EvalSampler, TrainSampler
+    from detr_jax.data.splits import load_split
+
+    data = dataclasses.replace(config(tmp_path).data, on_bad_image="skip")
+    for split, sampler_of in (
+        ("train", lambda index: TrainSampler(index, data, 8, 0)),
+        ("val", lambda index: EvalSampler(index, data, 8)),
+    ):
+        index = load_split(data, split)
+
+        def read(i, index=index):
+            return b"broken" if i == 3 else Path(index.names[i]).read_bytes()
+
+        sampler = sampler_of(index)
+        broken = dataclasses.replace(index, read=read)
+        for engine in ("pillow", "tf"):
+            chosen = dataclasses.replace(data, engine=engine)
+            ((_, batch),) = batches(broken, sampler, range(1), data_config=chosen)
+            ids, bad = batch["image_id"].tolist(), int(index.image_ids[3])
+            assert bad not in ids and (-1 in ids) == (split == "val")
+            assert list(broken.skipped) == [3]
+            if split == "train":
+                assert len(set(ids)) == 7  # another one is there twice
+    assert capsys.readouterr().out.count("skipped from now on: ") == 2
