@@ -47,7 +47,7 @@ def start() -> None:
     process.
 
     Raises:
-        ProcessError: not all of the variables are set, or a process did not arrive within a minute; says which.
+        ProcessError: not all of the variables are set, or a process did not arrive within a minute.
     """
     given = {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
     if "JAX_NUM_PROCESSES" in given or "JAX_PROCESS_ID" in given:
@@ -62,6 +62,10 @@ def start() -> None:
         }
     else:
         arguments = {}
+    # jax ends the process then, and does not say who is missing: whoever says nothing of the kind.
+    late = threading.Timer(0.75 * _START_SECONDS, _say_late, (arguments,))
+    late.daemon = True
+    late.start()
     try:
         jax.distributed.initialize(
             **arguments,
@@ -77,6 +81,18 @@ def start() -> None:
         raise ProcessError(
             f"not all processes started within {_START_SECONDS} s; jax says: {str(error).splitlines()[0]}"
         ) from error
+    finally:
+        late.cancel()
+
+
+def _say_late(arguments: Mapping[str, Any]) -> None:
+    known = "process {process_id} of {num_processes}, coordinator {coordinator_address}," if arguments else "a process"
+    print(
+        f"{known.format(**arguments)} on {socket.gethostname()} is here and waits for the others: "
+        f"one that does not say this within {_START_SECONDS} s did not start, or cannot reach process 0",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _integer(name: str, value: str) -> int:
