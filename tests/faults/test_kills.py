@@ -1,4 +1,4 @@
-"""Twenty times `kill -9` at random moments of one run: in steps, in checkpoints that are being written, in evaluations."""
+"""Twenty times `kill -9` at random moments of one run: in a step, while a checkpoint is written, in an evaluation."""
 
 import os
 import random
@@ -68,7 +68,7 @@ def test_twenty_kills_change_nothing(tmp_path):
         process = start(killed)
         assert process.stdout is not None
         for line in process.stdout:
-            if line.startswith("compiled 2/2") or line.startswith("step"):
+            if line.startswith(("compiled 2/2", "step")):
                 break
         time.sleep(moments.uniform(0, 4))
         process.kill()
