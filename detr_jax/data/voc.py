@@ -1,8 +1,9 @@
 """The index of a Pascal VOC data set: an XML file for each image.
 
 Categories are the names in all files of the data set, sorted, so that training and validation number them alike; their
-ids count from 1, or are those of a model with classes of these names. Corners are pixels as written, from 0, except in Pascal's own data, which counts from 1. `difficult`
-objects are treated as crowds: left out of training, ignored in scoring, as in the challenge.
+ids count from 1, or are those of a model with classes of these names. Corners are pixels as written, from 0, except in
+Pascal's own data, which counts from 1. `difficult` objects are treated as crowds: left out of training, ignored in
+scoring, as in the challenge.
 
 (Read here and not by a library for the reason given in `yolo`.)
 """

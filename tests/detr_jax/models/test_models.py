@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -237,5 +238,18 @@ def test_dropout_keeps_the_mean():
     np.testing.assert_allclose((y == 0).mean(), 0.1, atol=0.002)
     np.testing.assert_allclose(y[y != 0], 1 / 0.9, rtol=1e-6)
     assert (y == Dropout(0.1)(x, nnx.Rngs(0))).all() and (Dropout(0.1)(x, None) == x).all()
-    # Neighbors come from one 32-bit draw; they must not agree more often than strangers do.
-    np.testing.assert_allclose(((y[..., 0:-1:2] == 0) & (y[..., 1::2] == 0)).mean(), 0.01, atol=0.001)
+    # Neighbors along any axis, and the same place under another key, agree no more often than strangers do.
+    dropped = y == 0
+    other = Dropout(0.1)(x, nnx.Rngs(1)) == 0
+    pairs = [(dropped[1:], dropped[:-1]), (dropped[:, 1:], dropped[:, :-1]), (dropped[..., 1:], dropped[..., :-1])]
+    for a, b in [*pairs, (dropped, other)]:
+        np.testing.assert_allclose((a & b).mean(), 0.01, atol=0.001)
+
+
+def test_dropout_is_the_same_on_any_number_of_devices():
+    x = jnp.ones((8, 6, 32))
+    dropout = jax.jit(lambda x: Dropout(0.5)(x, nnx.Rngs(3)))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.P("data")))
+    np.testing.assert_array_equal(dropout(split), dropout(x))
+    assert not re.search(r"all-(gather|reduce|to-all)", dropout.lower(split).compile().as_text())
