@@ -8,7 +8,7 @@ detections.draw().save("boxes.jpg")
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, overload
 
 import jax
@@ -168,7 +168,7 @@ class Detector:
     def __call__(self, images: ImageLike, threshold: float = 0.5) -> Detections: ...
 
     @overload
-    def __call__(self, images: Iterable[ImageLike], threshold: float = 0.5) -> list[Detections]: ...
+    def __call__(self, images: Sequence[ImageLike], threshold: float = 0.5) -> list[Detections]: ...
 
     def __call__(
         self, images: ImageLike | Iterable[ImageLike], threshold: float = 0.5
@@ -187,9 +187,10 @@ class Detector:
             UserError: an array of another shape or type, a file that is no image, or something else altogether.
             NotFoundError: no such file.
         """
-        if is_image(images) or not isinstance(images, Iterable) or isinstance(images, Mapping):
-            return next(iter(self.detect([images], threshold)))
-        return list(self.detect(images, threshold))
+        given: Any = images
+        if is_image(given) or not isinstance(given, Iterable) or isinstance(given, Mapping):
+            return next(iter(self.detect([given], threshold)))
+        return list(self.detect(given, threshold))
 
     def detect(self, images: Iterable[ImageLike], threshold: float = 0.5) -> Iterator[Detections]:
         """As calling it with a list, but image after image, in order, in batches of consecutive ones of a bucket."""

@@ -242,7 +242,7 @@ def headed(picture: Image.Image, title: str, labels: np.ndarray, names: Sequence
     """A picture under its title and a legend: each class that is in it, with its color and number of boxes."""
     labels = np.asarray(labels, int)
     keys = [
-        (int(label), f"{_line(names[label])} {count}")
+        (int(label), f"{_line(names[int(label)])} {count}")
         for label, count in zip(*np.unique(labels, return_counts=True), strict=True)
     ]
     big = _font(title, max(11, picture.width // 36), bold=True)

@@ -15,7 +15,7 @@ import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 import simplejpeg
@@ -36,7 +36,7 @@ class SupportsArray(Protocol):
         ...
 
 
-ImageLike = Image.Image | SupportsArray | str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
+ImageLike = Image.Image | SupportsArray | str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes]
 """An image: a Pillow image, an array (uint8 [h, w, 3] RGB or [h, w] gray), a path, the content of an image file, or an
 image file opened for reading bytes."""
 
@@ -62,7 +62,7 @@ class Header(NamedTuple):
     """Whether EXIF's orientation turns or mirrors it."""
 
 
-def read_header(file: BinaryIO, name: str) -> Header:
+def read_header(file: IO[bytes], name: str) -> Header:
     """Reads the header of an image, and decodes all of it only where its end does not show that it is complete.
 
     Raises:
@@ -135,7 +135,8 @@ def open_image(image: ImageLike) -> Image.Image:
         except Exception as error:
             raise _damaged(str(getattr(image, "filename", "") or "image"), error) from error
     if hasattr(image, "read"):
-        content: Any = image.read()
+        file: Any = image
+        content = file.read()
         if not isinstance(content, bytes):
             raise UserError(f"image: got a file opened as text, expected open(path, 'rb'): {image!r}")
         return decode(content, str(getattr(image, "name", "image given as an open file")))
