@@ -103,8 +103,8 @@ def test_nan_weights_are_said():
     assert not_finite({"a.kernel": np.ones(3)}) == []
 
 
-def test_more_boxes_than_queries_are_said():
-    run = training.prepare(tiny.config())
+def test_more_boxes_than_queries_are_said(tmp_path):
+    run = training.prepare(tiny.config(tmp_path))
     index = run.train_index
     assert training.crowded(run, index) == []
     few = dataclasses.replace(run.config, model=dataclasses.replace(run.config.model, num_queries=10))
