@@ -451,11 +451,18 @@ def data(folder: tyro.conf.Positional[str], /, out: str = "data.png", images: in
 
 def train(argv: Sequence[str]) -> None:
     """`detr-jax train`, and train.py."""
+    # Without a config, it is read off the checkpoint, which touches a device: the processes must have met before.
+    first = not any(flag.partition("=")[0] in ("--config", "-h", "--help") for flag in argv)
+    if first:
+        from detr_jax import processes
+
+        processes.start()
     config = parse_train(argv, "detr-jax train")
     from detr_jax import processes
     from detr_jax.training import train
 
-    processes.start()
+    if not first:
+        processes.start()
     train(config)
 
 
