@@ -139,7 +139,7 @@ class EvalOptions:
 
     checkpoint: str
     """A run's output directory, its `checkpoints/`, or one checkpoint in it."""
-    step: str = "best"
+    step: Literal["best", "latest"] | int = "best"
     """`best` (by validation AP; the newest if none has one), `latest`, or a step."""
     batch_size: int = 8
     """Global batch over all devices."""
@@ -476,7 +476,7 @@ def evaluate(argv: Sequence[str]) -> None:
     evaluate_checkpoint(
         options.checkpoint,
         options.data,
-        step=int(options.step) if options.step.isdigit() else options.step,
+        step=options.step,
         batch_size=options.batch_size,
         results=options.results,
         pictures=options.pictures,

@@ -189,7 +189,8 @@ class Detector:
         """
         given: Any = images
         if is_image(given) or not isinstance(given, Iterable) or isinstance(given, Mapping):
-            return next(iter(self.detect([given], threshold)))
+            one: list[Any] = [given]
+            return next(iter(self.detect(one, threshold)))
         return list(self.detect(given, threshold))
 
     def detect(self, images: Iterable[ImageLike], threshold: float = 0.5) -> Iterator[Detections]:
