@@ -4,8 +4,8 @@ A line is `class x_center y_center width height`, relative to the upright image,
 of which the box around it is taken. Labels lie beside the images, or in `labels/` where those are in `images/`. An
 image without a label file has no objects, as in Ultralytics' code. Category ids are the class numbers.
 
-(Read here and not by a library such as supervision, datumaro or globox: everything that is wrong with a data set is to be
-said at once, with its file and line, and a reader of five numbers per line is short.)
+(Read here and not by a library such as supervision, datumaro or globox: everything that is wrong with a data set is to
+be said at once, with its file and line, and a reader of five numbers per line is short.)
 """
 
 import math
