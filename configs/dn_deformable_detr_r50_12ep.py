@@ -1,8 +1,8 @@
 r"""Deformable DETR with denoising, ResNet-50, 12 epochs: what DINO adds to DN-Deformable-DETR, taken away again.
 
-Published for DN-Deformable-DETR (Li et al., CVPR 2022): AP 43.4 on COCO val2017 after 12 epochs. This is that model in
-DINO's terms: learned boxes, positive denoising queries only, boxes detached between layers. Noise and padding are
-DINO's, so the numbers need not be the same. 47 M parameters.
+Published: AP 43.4 on COCO val2017 after 12 epochs at batch 16, for DN-Deformable-DETR (Li et al., CVPR 2022). This is
+that model in DINO's terms: learned boxes, positive denoising queries only, boxes detached between layers. Noise and
+padding are DINO's, so the numbers need not be the same. 47 M parameters.
 Not reproduced here: that needs COCO and torchvision's ImageNet weights of the backbone.
 
     python train.py --config configs/dn_deformable_detr_r50_12ep.py --data.root /data/coco \

@@ -197,7 +197,7 @@ def initialize_from(
         rows = None
         if found is not None and keys[0] in ("class_embed", "label_embed"):
             rows, axis = class_rows(source.config, found_classes.labels, keys)
-            found = np.take(found[...], np.maximum(rows, 0), axis)
+            found = np.take(np.asarray(found[...]), np.maximum(rows, 0), axis)
             if found.shape == leaf.shape:
                 new = np.expand_dims(rows < 0, [i for i in range(found.ndim) if i != axis % found.ndim])
                 found = np.where(new, np.asarray(leaf), found)

@@ -24,7 +24,7 @@ def test_curves_of_one_run(tmp_path):
     figure = plot_curves(write_run(tmp_path / "metrics.jsonl", 6))
     assert len({axes.get_xlim() for axes in figure.axes}) == 1  # what is reported rarely is on the same scale
     loss, _, ap = figure.axes
-    assert [axes.get_title() for axes in figure.axes] == ["loss", "loss_ce", "AP"]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["loss", "classification loss", "AP"]
     np.testing.assert_array_equal(loss.lines[0].get_xydata(), [[1, 6], [2, 3], [3, 2]])
     assert ap.get_title(loc="right") == "best 0.600"
     figure.savefig(tmp_path / "curves.png")

@@ -61,10 +61,13 @@ def one(run):
 
 def test_one_and_eight_devices_take_the_same_step(run, one):
     (one, first), (many, _) = one, run(8)
-    (state, terms), (state8, terms8) = one(first, 0), many(first, 0)
+    # Of the first batch a box is level with its target: rounding decides the sign of that L1 gradient.
+    (state, terms), (state8, terms8) = one(first, 1), many(first, 1)
     # Sums over 8 devices are added in another order: float32 noise, 1e-7 relative for each of some hundred additions.
+    # The gradient's norm sums the squares of as many numbers as there are parameters.
     for name, value in terms.items():
-        np.testing.assert_allclose(terms8[name], value, rtol=1e-5, err_msg=name)
+        rtol = 1e-4 if name == "grad_norm" else 1e-5
+        np.testing.assert_allclose(terms8[name], value, rtol=rtol, err_msg=name)
     # The gradient, as the first moment of Adam holds it.
     one, many = (jax.tree.leaves(moments(s["opt_state"])) for s in (state, state8))
     assert len(one) == len(jax.tree.leaves(state["params"]))

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -175,4 +176,7 @@ def test_closing_early_ends_the_threads(data_dir):
     next(stream)
     assert threading.active_count() > before
     stream.close()
+    deadline = time.monotonic() + 10  # they end after the image that each is at
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert threading.active_count() == before

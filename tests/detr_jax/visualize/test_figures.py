@@ -109,8 +109,8 @@ def heat(axes):
 
 def check_layout(figure):
     """No text, legend or panel covers another or leaves the figure."""
-    renderer = figure.bucket.get_renderer()
-    figure.bucket.draw()
+    renderer = figure.canvas.get_renderer()
+    figure.canvas.draw()
     parts = [*figure.texts, *figure.legends, *figure.axes]
     places = [part.get_tightbbox(renderer) for part in parts]
     for place in places:
