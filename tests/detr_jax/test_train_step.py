@@ -61,7 +61,8 @@ def one(run):
 
 def test_one_and_eight_devices_take_the_same_step(run, one):
     (one, first), (many, _) = one, run(8)
-    # Of the first batch a box is level with its target: rounding decides the sign of that L1 gradient.
+    # Not the first batch, where one column of the box head differs: an L1 gradient at its kink, most likely, whose sign
+    # rounding decides.
     (state, terms), (state8, terms8) = one(first, 1), many(first, 1)
     # Sums over 8 devices are added in another order: float32 noise, 1e-7 relative for each of some hundred additions.
     # The gradient's norm sums the squares of as many numbers as there are parameters.
