@@ -127,7 +127,11 @@ def unwrap(tensors: Tensors) -> tuple[Tensors, list[str]]:
     if any(compiled in name for name in tensors):
         tensors = {name.replace(compiled, ""): tensor for name, tensor in tensors.items()}
         notes.append(f"{compiled!r} removed from names: saved from a compiled model")
-    while len(first := {name.partition(".")[0] for name in tensors}) == 1 and all("." in name for name in tensors):
+    # Two-stage models of transformers have nothing outside of `model.` themselves: names that fit are left alone.
+    while _nearest(split_in_proj(tensors))[2]:
+        first = {name.partition(".")[0] for name in tensors}
+        if len(first) != 1 or not all("." in name for name in tensors):
+            break
         prefix = f"{first.pop()}."
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         notes.append(f"all names begin with {prefix!r}, which is removed")
@@ -136,6 +140,19 @@ def unwrap(tensors: Tensors) -> tuple[Tensors, list[str]]:
         tensors = {name.removeprefix("detr."): tensor for name, tensor in tensors.items() if name not in masks}
         notes.append(f"panoptic DETR: its detector is taken, {len(masks)} tensors of the mask head are left out")
     return tensors, notes
+
+
+def _nearest(tensors: Tensors) -> tuple[KeyMap, dict[str, str], list[str]]:
+    """The key map that knows most of the names; those names with ours, and the names that it lacks."""
+    best: tuple[KeyMap, dict[str, str], list[str]] | None = None
+    for key_map in KEY_MAPS:
+        rows = compile_rows(key_map.rows)
+        names = {name: ours[0] for name in tensors if (ours := rename(name, rows))}
+        unknown = [name for name in tensors if name not in names]
+        if best is None or len(unknown) < len(best[2]):
+            best = key_map, names, unknown
+    assert best is not None
+    return best
 
 
 def translate(tensors: Tensors, what: str, notes: Sequence[str] = ()) -> tuple[KeyMap, Tensors, list[str]]:
@@ -153,15 +170,7 @@ def translate(tensors: Tensors, what: str, notes: Sequence[str] = ()) -> tuple[K
     tensors, wrapped = unwrap(tensors)
     notes = [*notes, *wrapped]
     tensors = split_in_proj(tensors)
-    best: tuple[KeyMap, dict[str, str], list[str]] | None = None
-    for key_map in KEY_MAPS:
-        rows = compile_rows(key_map.rows)
-        names = {name: ours[0] for name in tensors if (ours := rename(name, rows))}
-        unknown = [name for name in tensors if name not in names]
-        if best is None or len(unknown) < len(best[2]):
-            best = key_map, names, unknown
-    assert best is not None
-    key_map, translated, unknown = best
+    key_map, translated, unknown = _nearest(tensors)
     if unknown or not tensors:
         listed = "\n".join(f"  {name}: {list(tensors[name].shape)}" for name in unknown[:8])
         listed += f"\nFound in the file: {'; '.join(notes)}." if notes else ""
