@@ -468,11 +468,14 @@ def train(argv: Sequence[str]) -> None:
 
 def evaluate(argv: Sequence[str]) -> None:
     """`detr-jax eval`, and eval.py."""
-    options = parse_eval(argv, "detr-jax eval")
     from detr_jax import processes
+
+    # The checkpoint gives the defaults; reading it touches a device, and the processes must have met before.
+    if not {"-h", "--help"} & set(argv):
+        processes.start()
+    options = parse_eval(argv, "detr-jax eval")
     from detr_jax.evaluation import evaluate_checkpoint
 
-    processes.start()
     evaluate_checkpoint(
         options.checkpoint,
         options.data,

@@ -118,3 +118,27 @@ def test_two_stage_needs_refinement():
 def test_sizes_that_cannot_be_built_are_refused(model, fields, message):
     with pytest.raises(ValueError, match=message):
         model(**fields)
+
+
+@pytest.mark.parametrize(
+    ("program", "parse", "argv"),
+    [
+        (cli.evaluate, "parse_eval", ["--checkpoint", "runs/x"]),
+        (cli.train, "parse_train", ["--init-from", "runs/x", "--data.root", "y"]),
+    ],
+)
+def test_processes_meet_before_a_checkpoint_is_read(program, parse, argv, monkeypatch):
+    """Reading one touches a device; jax joins the processes only before that."""
+    from detr_jax import processes
+
+    order = []
+    monkeypatch.setattr(processes, "start", lambda: order.append("start"))
+
+    def stop(*_):
+        order.append("parse")
+        raise SystemExit
+
+    monkeypatch.setattr(cli, parse, stop)
+    with pytest.raises(SystemExit):
+        program(argv)
+    assert order == ["start", "parse"]
