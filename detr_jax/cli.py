@@ -449,30 +449,26 @@ def data(folder: tyro.conf.Positional[str], /, out: str = "data.png", images: in
     print(f"wrote {out}: {min(images, len(train_set))} images with their boxes")
 
 
-def train(argv: Sequence[str]) -> None:
-    """`detr-jax train`, and train.py."""
-    # Without a config, it is read off the checkpoint, which touches a device: the processes must have met before.
-    first = not any(flag.partition("=")[0] in ("--config", "-h", "--help") for flag in argv)
-    if first:
+def _start_processes(argv: Sequence[str]) -> None:
+    """Before a checkpoint is read for its config, which touches a device; not for `--help`."""
+    if not {"-h", "--help"} & set(argv):
         from detr_jax import processes
 
         processes.start()
+
+
+def train(argv: Sequence[str]) -> None:
+    """`detr-jax train`, and train.py."""
+    _start_processes(argv)
     config = parse_train(argv, "detr-jax train")
-    from detr_jax import processes
     from detr_jax.training import train
 
-    if not first:
-        processes.start()
     train(config)
 
 
 def evaluate(argv: Sequence[str]) -> None:
     """`detr-jax eval`, and eval.py."""
-    from detr_jax import processes
-
-    # The checkpoint gives the defaults; reading it touches a device, and the processes must have met before.
-    if not {"-h", "--help"} & set(argv):
-        processes.start()
+    _start_processes(argv)
     options = parse_eval(argv, "detr-jax eval")
     from detr_jax.evaluation import evaluate_checkpoint
 
