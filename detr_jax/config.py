@@ -12,6 +12,8 @@ from typing import Any, ClassVar, Literal
 from detr_jax.errors import UserError
 
 Dtype = Literal["float32", "bfloat16"]
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of ImageNet's red, green and blue in 0-1: what images are normalized with."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from flax import nnx
 
 from detr_jax.categories import Categories
 from detr_jax.checkpoints import hub
-from detr_jax.checkpoints.files import MEAN, STD, Tensors, read_tensors
+from detr_jax.checkpoints.files import Tensors, read_tensors
 from detr_jax.checkpoints.key_maps import (
     DETREX_DINO,
     HF_DEFORMABLE,
@@ -31,7 +31,7 @@ from detr_jax.checkpoints.key_maps import (
     compile_rows,
     rename,
 )
-from detr_jax.config import BackboneConfig, DeformableDETRConfig, DETRConfig, DINOConfig, ModelConfig
+from detr_jax.config import MEAN, STD, BackboneConfig, DeformableDETRConfig, DETRConfig, DINOConfig, ModelConfig
 from detr_jax.errors import UserError
 from detr_jax.models import build
 from detr_jax.models.deform_conv import plain_kernel_factor

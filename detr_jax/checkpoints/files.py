@@ -9,7 +9,7 @@ import numpy as np
 from etils.epath import Path, PathLike
 
 from detr_jax.categories import Categories
-from detr_jax.config import model_from_dict
+from detr_jax.config import MEAN, STD, model_from_dict
 from detr_jax.errors import NotFoundError, UserError
 
 Tensors = dict[str, np.ndarray]
@@ -23,8 +23,6 @@ _PATHS = tuple(
     for kind in ("", "Pure")
     for name in ("Path", "PosixPath", "WindowsPath")
 )
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet: what images are normalized with."""
 
 
 def read_tensors(path: PathLike) -> tuple[Tensors, dict[str, Any]]:

@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from detr_jax.config import DataConfig
+from detr_jax.config import MEAN, STD, DataConfig
 
-IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
+IMAGENET_MEAN, IMAGENET_STD = np.array(MEAN, np.float32), np.array(STD, np.float32)
 
 # Three bfloat16 passes on a TPU, TF32 on a GPU: pixels are exact in either, weights to better than 1/8 gray level.
 _PRECISION = lax.Precision.HIGH
