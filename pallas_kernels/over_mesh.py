@@ -13,13 +13,16 @@ Axes = str | Sequence[str] | None
 def over_mesh(
     function: Callable[..., jax.Array],
     *arrays: jax.Array,
+    shared: Sequence[jax.Array] = (),
     op: str,
     batch_axis: Axes,
     head_axis: Axes = None,
     head_dim: int = 0,
     partitions: bool,
 ) -> jax.Array:
-    """`function(*arrays)`, computed by all devices of the mesh (`jax.set_mesh`): images and heads are independent.
+    """`function(*arrays, *shared)`, computed by all devices of the mesh (`jax.set_mesh`).
+
+    Images are independent of each other, and so are heads.
 
     A batch that does not divide is filled up with zeros. Inside of a `jax.shard_map`, only axes that it leaves open
     are used.
@@ -27,6 +30,7 @@ def over_mesh(
     Args:
         function: of any number of images and heads.
         arrays: `[b, ...]`.
+        shared: arrays that all images and heads share, such as a convolution's kernel.
         op: its name, for errors.
         batch_axis: mesh axes over which axis 0 of the arrays and of the result is split, as far as the mesh has them.
         head_axis: mesh axes over which axis `head_dim` of them is split.
@@ -47,7 +51,7 @@ def over_mesh(
             "splits the batch over several axes) or head_axis, or call the operation inside of your own jax.shard_map"
         )
     if not batch and not heads:
-        return function(*arrays)
+        return function(*arrays, *shared)
     count = math.prod(open_axes[name] for name in heads)
     if heads and arrays[0].shape[head_dim] % count:
         raise ValueError(
@@ -61,10 +65,12 @@ def over_mesh(
     explicit = any(mesh.axis_types[mesh.axis_names.index(name)] == jax.sharding.AxisType.Explicit for name in open_axes)
     if explicit:
         arrays = tuple(jax.sharding.reshard(x, spec) for x in arrays)
+        shared = tuple(jax.sharding.reshard(x, jax.P()) for x in shared)
     # XLA alone would gather all of what the reference's gathers read, and cannot partition a kernel at all.
     names = {*batch, *heads} if partitions else {*open_axes}
-    split = jax.shard_map(function, in_specs=spec, out_specs=spec, axis_names=names, check_vma=False)
-    output = jax.jit(split)(*arrays)  # outside of a jit too, all of it in one program
+    in_specs = (*[spec] * len(arrays), *[jax.P()] * len(shared))
+    split = jax.shard_map(function, in_specs=in_specs, out_specs=spec, axis_names=names, check_vma=False)
+    output = jax.jit(split)(*arrays, *shared)  # outside of a jit too, all of it in one program
     if not isinstance(padding, int) or padding:
         output = (jax.sharding.reshard(output, jax.P()) if explicit else output)[:images]
     return output

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from pallas_kernels.by_platform import expected_platform
 from pallas_kernels.deform_conv.reference import deform_conv_reference
 from pallas_kernels.deform_conv.tensorcore import deform_conv_tensorcore
 from pallas_kernels.ms_deform_attn.order import block_order
-from pallas_kernels.ms_deform_attn.tensorcore import too_large
+from pallas_kernels.ms_deform_attn.tensorcore_walk import too_large
+from pallas_kernels.over_mesh import Axes, over_mesh
 
 IMPLEMENTATIONS = {"reference": deform_conv_reference, "tensorcore": deform_conv_tensorcore}
 """Name -> `f(x, offsets, modulation, kernel, *, stride, padding, dilation, groups, interpret)`."""
@@ -26,7 +28,7 @@ def deform_conv(
     dilation: int = 1,
     groups: int = 1,
     implementation: str | None = None,
-    batch_axis: str = "data",
+    batch_axis: Axes = "data",
     interpret: bool = False,
 ) -> jax.Array:
     """Convolution whose taps sample where `offsets` say (Dai et al., 2017, equation 2; Zhu et al., 2019, equation 1).
@@ -35,8 +37,8 @@ def deform_conv(
 
     with `p_t` the place of tap `t` in a plain convolution, `x` between pixels bilinear, and zero outside. It is
     differentiable in all four arrays. Where a sample lies exactly on a pixel's center there is a kink: the gradient of
-    its offset is that of the cell on its right and below, as in torchvision. Under a mesh (`jax.set_mesh`), the batch
-    is split over the axis `batch_axis`, where the mesh has it and it divides.
+    its offset is that of the cell on its right and below, as in torchvision. Under a mesh (`jax.set_mesh`), images are
+    split over `batch_axis`, where the mesh has it; a batch that does not divide is filled up with zeros.
 
     There are two kinds of groups, each independent of the other. The `g` *offset groups* (`deform_groups` of
     mmdetection) are consecutive channels that share offsets, as many as `offsets` has. `groups` are those of an
@@ -53,14 +55,15 @@ def deform_conv(
         dilation: pixels between taps.
         groups: of the product; must divide `c` and `c_out`.
         implementation: a key of `IMPLEMENTATIONS`, or `None` for the best on this platform (`best_implementation`).
-        batch_axis: mesh axis over which the batch is sharded.
+        batch_axis: mesh axes over which the batch is sharded, a name or several.
         interpret: run a kernel of another platform here, slowly: for tests.
 
     Returns:
         `[b, h, w, c_out]` in `x`'s type, accumulated in float32.
 
     Raises:
-        ValueError: shapes that do not fit together, an unknown implementation, or one that does not take these sizes.
+        ValueError: shapes that do not fit together, an unknown implementation, one that does not take these sizes, or a
+            mesh with other axes under a kernel (`pallas_kernels.over_mesh`).
     """
     x, offsets, kernel = (jnp.asarray(z) for z in (x, offsets, kernel))
     modulation = None if modulation is None else jnp.asarray(modulation)
@@ -79,15 +82,15 @@ def deform_conv(
         groups=groups,
         interpret=interpret,
     )
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = {axis: size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes and size > 1}
-    batch = batch_axis if b % axes.get(batch_axis, b + 1) == 0 else None
-    # Without shard_map, XLA gathers what the gathers read, and cannot partition a kernel at all.
-    if batch or (axes and name != "reference"):
-        images = jax.P(batch)
-        in_specs = (images, images, None if modulation is None else images, jax.P())
-        convolve = jax.shard_map(convolve, in_specs=in_specs, out_specs=images, check_vma=False)
-    return convolve(x, offsets, modulation, kernel)
+    arrays = (x, offsets) if modulation is None else (x, offsets, modulation)
+
+    def of_images(*arrays: jax.Array) -> jax.Array:
+        x, offsets, *modulation, kernel = arrays
+        return convolve(x, offsets, modulation[0] if modulation else None, kernel)
+
+    return over_mesh(
+        of_images, *arrays, shared=[kernel], op="deform_conv", batch_axis=batch_axis, partitions=name == "reference"
+    )
 
 
 def offsets_from_channels(channels: jax.Array, offset_groups: int = 1) -> jax.Array:
@@ -104,12 +107,12 @@ def offsets_from_channels(channels: jax.Array, offset_groups: int = 1) -> jax.Ar
 
 
 def best_implementation(size: tuple[int, int]) -> str:
-    """The implementation that `None` stands for, on the platform that JAX computes on by default.
+    """The implementation that `None` stands for on the platform expected (that of the mesh, or JAX's default).
 
     On a TPU it is `tensorcore`, or `reference` where the map (height, width) is too large for that or empty; elsewhere
     `reference`.
     """
-    if jax.default_backend() != "tpu":
+    if expected_platform() != "tpu":
         return "reference"
     return "tensorcore" if too_large(block_order([size]), 1) is None else "reference"
 

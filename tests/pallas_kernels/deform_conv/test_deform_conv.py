@@ -227,8 +227,7 @@ def test_sharded_equals_unsharded(implementation):
     case = Case((5, 6), 16, 3, offset_groups=1, batch=4)
     arguments = (case.inputs(), case.cotangent())
     expected = convolve_and_vjp("reference", case, *arguments)
-    auto = jax.sharding.AxisType.Auto
-    mesh = jax.make_mesh((4, 2), ("data", "heads"), axis_types=(auto, auto))
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
     with jax.set_mesh(mesh):
         images = jax.NamedSharding(mesh, jax.P("data"))
         (*arrays, kernel), cotangent = arguments
@@ -241,6 +240,27 @@ def test_sharded_equals_unsharded(implementation):
         assert got[key].sharding.spec[:1] == (() if key == "grad_kernel" else ("data",))
     for collective in ("all-gather", "all-to-all", "collective-permute"):
         assert collective not in compiled.as_text()
+
+
+def test_batch_that_does_not_divide():
+    """Three images on four devices; without modulation, which then is no array to split."""
+    case = Case((5, 6), 16, 3, batch=3, modulated=False)
+    arguments = (case.inputs(), case.cotangent())
+    expected = convolve_and_vjp("reference", case, *arguments)
+    with jax.set_mesh(jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])):
+        got = jax.jit(convolve_and_vjp.__wrapped__, static_argnums=(0, 1))("reference", case, *arguments)
+    for key, z in expected.items():
+        assert_close(got[key], z, 2e-6, key)
+
+
+def test_mesh_that_is_not_split():
+    """A kernel never computes the same on several devices in silence."""
+    case = Case((5, 6), 16, 3)
+    with (
+        jax.set_mesh(jax.make_mesh((4, 2), ("data", "model"))),
+        pytest.raises(ValueError, match=r"deform_conv: the mesh .* has axes \['model'\]"),
+    ):
+        deform_conv(*case.inputs(), **case.options, implementation="tensorcore")
 
 
 @pytest.mark.parametrize("implementation", ["reference", "tensorcore"])
