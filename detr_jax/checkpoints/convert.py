@@ -188,9 +188,6 @@ def translate(tensors: Tensors, what: str, notes: Sequence[str] = ()) -> tuple[K
         if ours in found and not np.array_equal(found[ours], tensors[name]):
             raise UserError(f"{what}: {name} and another tensor both stand for {ours}, with different values")
         found[ours] = tensors[name]
-    bad = [name for name, tensor in found.items() if not np.isfinite(tensor).all()]
-    if bad:
-        notes.append(f"WARNING: {len(bad)} tensors hold NaN or infinity, such as {bad[0]}: a broken checkpoint")
     if len(found) < len(tensors):
         notes.append(f"{len(tensors) - len(found)} tensors are stored twice (shared heads)")
     # Without refinement, and in the official DINO, one head serves all layers, under as many names.

@@ -16,7 +16,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from detr_jax.categories import Categories
-from detr_jax.checkpoints import convert, key_maps
+from detr_jax.checkpoints import convert, key_maps, load
 from detr_jax.checkpoints.convert import load_backbone
 from detr_jax.checkpoints.files import read_tensors, weight_files
 from detr_jax.config import BackboneConfig, DeformableDETRConfig, DETRConfig
@@ -388,8 +388,13 @@ def test_the_detector_of_panoptic_detr_and_parts_of_detectors():
     found, notes = convert.translate({f"detr.{n}": t for n, t in tensors.items()} | masks, "x")[1:]
     assert found.keys() == convert.translate(tensors, "x")[1].keys()
     assert "panoptic DETR: its detector is taken, 2 tensors of the mask head are left out" in notes
-    broken = tensors | {"class_embed.bias": np.full(4, np.nan)}
-    assert "WARNING: 1 tensors hold NaN" in " ".join(convert.translate(broken, "x")[2])
+
+
+def test_nan_in_a_file_is_said(tmp_path):
+    config = MODELS["detr"]
+    tensors = convert.export(model_of(config), config, key_maps.OFFICIAL_DETR)
+    save_file(tensors | {"class_embed.bias": np.full_like(tensors["class_embed.bias"], np.nan)}, tmp_path / "broken.safetensors")
+    assert "WARNING: NaN or infinity in class_embed.bias" in load(tmp_path / "broken.safetensors").report
 
 
 def test_a_backbone_and_encoder_alone_are_no_detector(tmp_path):
