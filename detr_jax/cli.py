@@ -26,6 +26,8 @@ from detr_jax.visualize import command as figures
 if TYPE_CHECKING:
     from PIL import Image
 
+    from detr_jax.checkpoints import Loaded
+
 
 def load_config(path: str) -> Config:
     """Runs a config file, or one of the configs that come with the package, and returns the `Config` it assigns.
@@ -138,9 +140,10 @@ class EvalOptions:
     """What to evaluate, and where the results go."""
 
     checkpoint: str
-    """A run's output directory, its `checkpoints/`, or one checkpoint in it."""
+    """A run's output directory, its `checkpoints/`, one checkpoint in it; a .pth or .safetensors file, a folder of
+    transformers, or a name on the Hugging Face hub."""
     step: Literal["best", "latest"] | int = "best"
-    """`best` (by validation AP; the newest if none has one), `latest`, or a step."""
+    """Of a run: `best` (by validation AP; the newest if none has one), `latest`, or a step."""
     batch_size: int = 8
     """Global batch over all devices."""
     results: str | None = None
@@ -159,17 +162,21 @@ class EvalOptions:
     """Images; the defaults are those of the checkpoint's training."""
 
 
-def parse_eval(argv: Sequence[str], prog: str = "eval.py") -> EvalOptions:
-    """`--checkpoint DIR [...]` -> the options; the checkpoint gives the defaults of `data`."""
+def parse_eval(argv: Sequence[str], prog: str = "eval.py") -> tuple[EvalOptions, "str | Loaded"]:
+    """`--checkpoint PATH [...]` -> the options, whose defaults of `data` are the checkpoint's, and what to evaluate."""
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--checkpoint")
     known, _ = first.parse_known_args(argv)
-    data = DataConfig()
-    if known.checkpoint:
-        from detr_jax.checkpoints import store
+    checkpoint, data = known.checkpoint, DataConfig()
+    if checkpoint:
+        from detr_jax.checkpoints import is_ours, load, store
 
-        saved = store.read_metadata(known.checkpoint)
-        data = from_dict(saved["config"], saved["model"], known.checkpoint).data
+        if is_ours(checkpoint):
+            saved = store.read_metadata(checkpoint)
+            data = from_dict(saved["config"], saved["model"], checkpoint).data
+        else:
+            checkpoint = load(checkpoint)
+            data = checkpoint.data
     options = tyro.cli(
         EvalOptions,
         default=EvalOptions(checkpoint=known.checkpoint or tyro.MISSING, data=data),
@@ -181,7 +188,7 @@ def parse_eval(argv: Sequence[str], prog: str = "eval.py") -> EvalOptions:
         _check_folder("--pictures", options.pictures)
     if options.results:
         _check_file("--results", options.results)
-    return options
+    return options, checkpoint
 
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
@@ -469,11 +476,11 @@ def train(argv: Sequence[str]) -> None:
 def evaluate(argv: Sequence[str]) -> None:
     """`detr-jax eval`, and eval.py."""
     _start_processes(argv)
-    options = parse_eval(argv, "detr-jax eval")
+    options, checkpoint = parse_eval(argv, "detr-jax eval")
     from detr_jax.evaluation import evaluate_checkpoint
 
     evaluate_checkpoint(
-        options.checkpoint,
+        checkpoint,
         options.data,
         step=options.step,
         batch_size=options.batch_size,

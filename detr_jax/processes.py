@@ -44,11 +44,14 @@ def start() -> None:
 
     jax detects the others on TPU slices, Slurm, Open MPI and Kubernetes. Elsewhere set `JAX_COORDINATOR_ADDRESS`
     (host:port of process 0), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`. Where there is nothing of that, the run has one
-    process.
+    process; so has one in a process that has used jax before, such as a notebook's.
 
     Raises:
-        ProcessError: not all of the variables are set, or a process did not arrive within a minute.
+        ProcessError: not all of the variables are set, a process did not arrive within a minute, or the variables name
+            other processes, but jax has been used before.
     """
+    if jax.distributed.is_initialized():
+        return
     given = {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
     if "JAX_NUM_PROCESSES" in given or "JAX_PROCESS_ID" in given:
         missing = [name for name in _VARIABLES if name not in given]
@@ -78,6 +81,10 @@ def start() -> None:
         if arguments or not str(error).startswith(("coordinator_address", "Number of processes", "The process id")):
             raise
     except RuntimeError as error:
+        if "must be called before" in str(error):
+            if not arguments:
+                return
+            raise ProcessError(f"{_VARIABLES[0]} is set, but jax was used before the processes met: restart") from error
         raise ProcessError(
             f"not all processes started within {_START_SECONDS} s; jax says: {str(error).splitlines()[0]}"
         ) from error

@@ -25,9 +25,10 @@ from detr_jax.data.pipeline import batches
 from detr_jax.data.sampler import EvalSampler, TrainSampler
 from detr_jax.data.splits import load_split
 from detr_jax.errors import UserError
-from detr_jax.evaluation import TARGETS, Scores, evaluate_model
+from detr_jax.evaluation import TARGETS, evaluate_model
 from detr_jax.interruption import interruption
 from detr_jax.metric_writer import MetricWriter
+from detr_jax.scoring import Scores
 from detr_jax.stall import Interrupted
 from detr_jax.train_step import (
     Model,

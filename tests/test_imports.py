@@ -36,21 +36,22 @@ ALLOWED = {
         "config", "categories", "sharding", "models", "denoising", "losses", "postprocess", "data", "checkpoints",
     },
     "detector": {"categories", "checkpoints", "config", "data", "drawing", "errors", "postprocess", "tta"},
+    "scoring": {"data", "errors"},
     "evaluation": {
-        "categories", "checkpoints", "config", "data", "drawing", "errors", "postprocess", "processes", "sharding",
-        "train_step", "tta",
+        "categories", "checkpoints", "config", "data", "drawing", "errors", "models", "postprocess", "processes",
+        "scoring", "sharding", "train_step", "tta",
     },
-    "metric_writer": {"errors", "evaluation"},
+    "metric_writer": {"errors"},
     "curves": {"errors", "metric_writer"},
     "training": {
         "config", "categories", "checkpoints", "compilation", "curves", "data", "errors", "evaluation", "interruption",
-        "metric_writer", "processes", "resuming", "run_folder", "sharding", "stall", "train_step",
+        "metric_writer", "processes", "resuming", "run_folder", "scoring", "sharding", "stall", "train_step",
     },
     "export_standalone": {"data", "errors"},
     "export": {"checkpoints", "config", "data", "errors", "export_standalone", "models", "postprocess"},
     "surgery": BASE | {"checkpoints", "data", "models", "postprocess"},
     "visualize": BASE | {
-        "checkpoints", "curves", "data", "denoising", "detector", "drawing", "evaluation", "matching", "models",
+        "checkpoints", "curves", "data", "denoising", "detector", "drawing", "matching", "models", "scoring",
     },
     "cli": {
         "categories", "checkpoints", "config", "data", "detector", "drawing", "errors", "evaluation", "export",

@@ -48,18 +48,23 @@ class Loaded:
     max_source_side: int = dataclasses.field(default=1333, kw_only=True)
     """Images with a longer side are first shrunk to this, in pixels."""
 
+    @property
+    def data(self) -> DataConfig:
+        """How images are prepared for it."""
+        return DataConfig(eval_scale=self.scale, max_size=self.max_size, max_source_side=self.max_source_side)
+
+    def run_config(self, data: DataConfig) -> Config:
+        """Of a run with this model on `data`; its loss is the published one."""
+        by_model = {DETRConfig: LossConfig.detr(), DeformableDETRConfig: LossConfig(), DINOConfig: LossConfig.dino()}
+        loss = dataclasses.replace(by_model[type(self.config)], classification=self.classification)
+        return Config(self.config, loss, data)
+
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes a checkpoint of this project, for `load`, `eval.py` and `--init-from`."""
         from detr_jax.checkpoints import store
 
         _, params, buffers = split(self.config, self.model)
-        by_model = {DETRConfig: LossConfig.detr(), DeformableDETRConfig: LossConfig(), DINOConfig: LossConfig.dino()}
-        loss = by_model[type(self.config)]
-        config = Config(
-            self.config,
-            loss,
-            DataConfig(eval_scale=self.scale, max_size=self.max_size, max_source_side=self.max_source_side),
-        )
+        config = self.run_config(self.data)
         with store.CheckpointWriter(str(Path(directory) / "checkpoints")) as writer:
             writer.save(0, {"params": params, "buffers": buffers}, describe_run(config, self.categories))
 

@@ -341,7 +341,7 @@ def confusion(
         dilation: DC5 or not, for files that do not tell.
     """
     _check_out(out)
-    from detr_jax.evaluation import score
+    from detr_jax.scoring import score
     from detr_jax.visualize.mistake_figures import confusion_figure
     from detr_jax.visualize.mistakes import confusion, detect_all
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from detr_jax.data.index import DatasetIndex
 from detr_jax.errors import UserError
-from detr_jax.evaluation import Scores
+from detr_jax.scoring import Scores
 from detr_jax.visualize.mistakes import Error, read_image
 from detr_jax.visualize.panels import INK, Sheet, add_box, color_of, line, show_image
 from detr_jax.visualize.prediction_figures import square

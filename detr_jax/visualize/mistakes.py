@@ -56,7 +56,7 @@ def detect_all(detector: Detector, index: DatasetIndex) -> tuple[list[Found], li
     """Runs a detector over a data set.
 
     Returns:
-        All detections of each image, and the same in COCO's results format, for `evaluation.score`.
+        All detections of each image, and the same in COCO's results format, for `scoring.score`.
     """
     found, results = [], []
     images = (read_image(index, i) for i in range(len(index)))

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 import tiny
 
@@ -118,6 +119,18 @@ def test_two_stage_needs_refinement():
 def test_sizes_that_cannot_be_built_are_refused(model, fields, message):
     with pytest.raises(ValueError, match=message):
         model(**fields)
+
+
+def test_jax_was_used_before(monkeypatch):
+    """A notebook's process: alone, or refused at once; not "a process did not arrive"."""
+    from detr_jax import processes
+
+    assert jax.process_count() == 1
+    processes.start()
+    for name, value in (("COORDINATOR_ADDRESS", "localhost:1"), ("NUM_PROCESSES", "2"), ("PROCESS_ID", "0")):
+        monkeypatch.setenv(f"JAX_{name}", value)
+    with pytest.raises(processes.ProcessError, match="JAX_COORDINATOR_ADDRESS is set, but jax was used before"):
+        processes.start()
 
 
 @pytest.mark.parametrize(

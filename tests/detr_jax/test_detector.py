@@ -1,7 +1,9 @@
-"""Images in, boxes out: any kind of image, one compilation a bucket, the same boxes as the model gives."""
+"""Images in, boxes out: any kind of image, one compilation per bucket, the same boxes as the model gives."""
 
 import dataclasses
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import tiny
 import transformers_weights
 from flax import nnx
 from PIL import Image
+from pycocotools.coco import COCO
 
 import detr_jax
 from detr_jax import cli, detector, sharding, train_step, training
@@ -128,6 +131,20 @@ def test_threshold_names_and_drawing(detect):
     np.testing.assert_allclose([x, y, x + w, y + h], found.boxes_xyxy[0], rtol=1e-5)
 
 
+def test_to_supervision(detect, monkeypatch):
+    """A stand-in for the library, which has the names that version 0.26 has; without it, an error says what to do."""
+    found = detect(noise(60, 80), threshold=0)
+    monkeypatch.setitem(sys.modules, "supervision", types.SimpleNamespace(Detections=dict))
+    given = found.to_supervision()
+    np.testing.assert_array_equal(given["xyxy"], found.boxes_xyxy)
+    np.testing.assert_array_equal(given["confidence"], found.scores)
+    assert given["class_id"].tolist() == found.category_ids
+    assert given["data"]["class_name"].tolist() == found.names
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    with pytest.raises(ValueError, match="pip install supervision"):
+        found.to_supervision()
+
+
 def test_photos_are_turned_upright(detect, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -216,6 +233,23 @@ def test_sparse_coco_ids_are_scored_as_they_are(tmp_path):
     assert found.scores[0] == pytest.approx(best["score"], abs=0.02)
 
 
+def test_a_file_is_scored_as_the_run_that_it_was_converted_from(run, tmp_path):
+    """`eval` takes any checkpoint that `load` takes, and prepares images as its file says."""
+    file = tmp_path / "model.safetensors"
+    cli.main(["convert", str(run), str(file)])
+    found = {}
+    for checkpoint in (run, file):
+        results = tmp_path / f"{checkpoint.name}.json"
+        # The file holds the sizes of images, but not how they are read.
+        flags = ["--data.max-source-side", "160", "--data.engine", "pillow"]
+        flags += ["--data.root", str(tiny.DATA / "bccd"), "--results", str(results)]
+        options, _ = cli.parse_eval(["--checkpoint", str(checkpoint), *flags])
+        assert (options.data.eval_scale, options.data.max_size) == (tiny.config().data.eval_scale, 96)
+        cli.main(["eval", "--checkpoint", str(checkpoint), *flags])
+        found[checkpoint] = json.loads(results.read_text())
+    assert found[run] == found[file]
+
+
 def test_convert_and_predict(run, tmp_path, capsys):
     cli.main(["convert", str(run), str(tmp_path / "model.safetensors")])
     assert "Deformable DETR" in capsys.readouterr().out
@@ -251,6 +285,23 @@ def test_convert_and_predict(run, tmp_path, capsys):
     with pytest.raises(ValueError, match="no image in it"):
         (tmp_path / "empty").mkdir()
         cli.main(["predict", str(tmp_path / "empty"), "--checkpoint", str(run), "--out", str(out)])
+
+
+def test_predict_on_images_of_a_data_set(run, tmp_path):
+    """With `--data-root` the results are COCO's, and pycocotools loads them; an image of another set is named."""
+    root = tiny.DATA / "bccd"
+    truth = COCO(root / "annotations/instances_val.json")
+    ids = sorted(truth.imgs)[:2]
+    images = [str(root / "images" / truth.imgs[i]["file_name"]) for i in ids]
+    flags = ["--checkpoint", str(run), "--threshold", "0", "--data-root", str(root), "--out", str(tmp_path / "out")]
+    cli.main(["predict", *images, *flags])
+    results = truth.loadRes(str(tmp_path / "out/results.json"))
+    assert set(results.getImgIds(catIds=truth.getCatIds())) <= set(truth.getImgIds())
+    assert {a["image_id"] for a in results.anns.values()} == set(ids)
+    assert {a["category_id"] for a in results.anns.values()} <= set(truth.getCatIds())
+    Image.fromarray(noise(60, 80)).save(tmp_path / "other.png")
+    with pytest.raises(ValueError, match=r"--data-root .*: other\.png is none of its images"):
+        cli.main(["predict", str(tmp_path / "other.png"), *flags])
 
 
 def test_fine_tuning_keeps_all_but_the_class_heads(tmp_path, capsys):

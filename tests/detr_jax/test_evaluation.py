@@ -15,8 +15,9 @@ from detr_jax import sharding
 from detr_jax.config import DataConfig
 from detr_jax.data.sampler import EvalSampler
 from detr_jax.data.splits import load_split
-from detr_jax.evaluation import evaluate, score
+from detr_jax.evaluation import evaluate
 from detr_jax.postprocess import coco_results, postprocess, write_results
+from detr_jax.scoring import score
 
 NAMES = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detr_jax import evaluation
+from detr_jax import scoring
 from detr_jax.data.coco import load_coco
 from detr_jax.errors import DataError
 
@@ -55,7 +55,7 @@ def test_a_crowd_is_one_in_training_and_in_scoring(crowd, is_crowd, text, folder
     assert any("1 annotations with iscrowd or area as text" in line for line in index.report) == bool(text)
     # A detection on a crowd is ignored, so that the object that is left has not been found; else one of two has.
     for ground_truth in (truth, path):
-        assert (0 if is_crowd else 0.5) == evaluation.score(ground_truth, [RESULT]).AR100
+        assert (0 if is_crowd else 0.5) == scoring.score(ground_truth, [RESULT]).AR100
 
 
 @pytest.mark.parametrize(("area", "expected"), [(150, 150.0), (None, 200.0), ("150.5", 150.5), (0, 0.0)])
@@ -63,8 +63,8 @@ def test_the_area_is_the_same_in_both(area, expected, folder, tmp_path):
     path = write(tmp_path, content([ANNOTATION | {"area": area}]))
     index = load_coco(path, folder)
     assert [a["area"] for a in index.ground_truth()["annotations"]] == [expected]
-    assert evaluation.score(path, [RESULT]).AR100 == 1
-    assert evaluation.score(index.ground_truth(), [RESULT]).AR100 == 1
+    assert scoring.score(path, [RESULT]).AR100 == 1
+    assert scoring.score(index.ground_truth(), [RESULT]).AR100 == 1
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_what_means_nothing_is_refused_by_both(changes, message, folder, tmp_pat
         load_coco(path, folder)
     assert "a.json" in str(error.value) and "--data.on-bad-annotation skip" in str(error.value)
     with pytest.raises(DataError, match=message):
-        evaluation.score(path, [RESULT])
+        scoring.score(path, [RESULT])
     index = load_coco(path, folder, on_bad_annotation="skip")
     assert len(index.labels[0]) == len(index.ground_truth()["annotations"]) == 1
     assert any("1 bad annotations skipped" in line for line in index.report)
@@ -106,13 +106,13 @@ def test_a_box_without_area_is_neither_trained_nor_scored(box, folder, tmp_path)
     assert len(index.labels[0]) == len(index.ground_truth()["annotations"]) == 1
     assert "1 boxes without area dropped, from training and scoring" in index.report
     found = RESULT | {"bbox": OTHER["bbox"]}
-    assert evaluation.score(path, [found]).AR100 == evaluation.score(index.ground_truth(), [found]).AR100 == 1
+    assert scoring.score(path, [found]).AR100 == scoring.score(index.ground_truth(), [found]).AR100 == 1
 
 
 def test_a_byte_order_mark_is_read_by_both(folder, tmp_path):
     path = write(tmp_path, content(), encoding="utf-8-sig")
     assert len(load_coco(path, folder)) == 2
-    assert evaluation.score(path, [RESULT]).AR100 == 1
+    assert scoring.score(path, [RESULT]).AR100 == 1
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_a_byte_order_mark_is_read_by_both(folder, tmp_path):
 )
 def test_what_cannot_be_an_annotations_file_is_one_message(what, message, folder, tmp_path):
     path = write(tmp_path, what)
-    for read in (lambda: load_coco(path, folder), lambda: evaluation.score(path, [])):
+    for read in (lambda: load_coco(path, folder), lambda: scoring.score(path, [])):
         with pytest.raises(DataError, match=message):
             read()
 
@@ -158,7 +158,7 @@ def test_what_cannot_be_an_annotations_file_is_one_message(what, message, folder
 def test_a_file_without_annotations_cannot_be_scored(folder, tmp_path):
     path = write(tmp_path, {name: values for name, values in content().items() if name != "annotations"})
     with pytest.raises(DataError, match=r"a\.json: annotations: missing"):
-        evaluation.score(path, [])
+        scoring.score(path, [])
 
 
 def test_the_largest_ids_survive(folder, tmp_path):
@@ -167,7 +167,7 @@ def test_the_largest_ids_survive(folder, tmp_path):
     annotation = ANNOTATION | {"image_id": largest, "category_id": largest}
     index = load_coco(write(tmp_path, content([annotation], images, [{"id": largest, "name": "a"}])), folder)
     assert index.image_ids.tolist() == [largest] == list(index.category_ids)
-    assert evaluation.score(index.ground_truth(), [RESULT | {"image_id": largest, "category_id": largest}]).AR100 == 1
+    assert scoring.score(index.ground_truth(), [RESULT | {"image_id": largest, "category_id": largest}]).AR100 == 1
 
 
 def test_a_name_is_one_line(folder, tmp_path):

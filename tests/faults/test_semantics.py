@@ -102,7 +102,8 @@ def test_the_programs_hand_mask_padding_on(dc5_file, tmp_path, monkeypatch):
     cli.main(["convert", str(dc5_file), str(tmp_path / "ours"), "--mask-padding", "True"])
     saved = store.read_metadata(str(tmp_path / "ours"))
     assert saved["config"]["model"]["backbone"]["mask_padding"]
-    assert cli.parse_eval(["--checkpoint", str(tmp_path / "ours"), "--mask-padding", "False"]).mask_padding is False
+    options, _ = cli.parse_eval(["--checkpoint", str(tmp_path / "ours"), "--mask-padding", "False"])
+    assert options.mask_padding is False
     given = []
     monkeypatch.setattr("detr_jax.detector.load", lambda path, **options: given.append(options))
     with pytest.raises(AttributeError):

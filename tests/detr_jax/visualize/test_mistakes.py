@@ -10,7 +10,7 @@ import pytest
 from detr_jax import visualize
 from detr_jax.config import DataConfig
 from detr_jax.data.splits import load_split
-from detr_jax.evaluation import Scores
+from detr_jax.scoring import Scores
 from detr_jax.visualize.mistakes import Found, image_mistakes
 
 TRUTH = np.array([[0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10], [60, 0, 70, 10]], np.float32)
