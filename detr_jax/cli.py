@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from detr_jax.categories import Categories
-from detr_jax.config import Config, DataConfig, LossConfig, TTAConfig, from_dict
+from detr_jax.config import Config, DataConfig, TTAConfig, from_dict
 from detr_jax.errors import DataError, NotFoundError, UserError
 from detr_jax.stall import StalledError
 from detr_jax.visualize import command as figures
@@ -97,10 +97,8 @@ def fine_tuning(checkpoint: str) -> Config:
         data = dataclasses.replace(theirs.data, root="", **nowhere)
         return dataclasses.replace(base, model=theirs.model, loss=theirs.loss, data=data)
     found = load(checkpoint)
-    losses = {"DETRConfig": LossConfig.detr, "DINOConfig": LossConfig.dino}
-    loss = losses.get(type(found.config).__name__, LossConfig)()
-    data = dataclasses.replace(base.data, eval_scale=found.scale, max_size=found.max_size)
-    return dataclasses.replace(base, model=found.config, loss=loss, data=data)
+    theirs = found.run_config(dataclasses.replace(base.data, eval_scale=found.scale, max_size=found.max_size))
+    return dataclasses.replace(base, model=theirs.model, loss=theirs.loss, data=theirs.data)
 
 
 def parse_train(argv: Sequence[str], prog: str = "train.py") -> Config:

@@ -98,9 +98,11 @@ def init_state(
     graphdef, init = _initializer(config, optimizer)
     state = jax.jit(init, out_shardings=sharding.replicated(mesh))()
     if config.train.init_backbone:
-        state["params"], state["buffers"] = load_backbone(
+        state["params"], state["buffers"], report = load_backbone(
             config.train.init_backbone, config.model.backbone, state["params"], state["buffers"]
         )
+        if jax.process_index() == 0:
+            print(report, flush=True)
     if config.train.init_from and categories is not None:
         state["params"], state["buffers"], report = initialize_from(
             config.train.init_from, config.model, categories, state["params"], state["buffers"]

@@ -30,6 +30,16 @@ def data_dir() -> Path:
     return DATA
 
 
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory) -> Path:
+    """A folder that holds the packages of the wheel."""
+    import wheel_install
+
+    site = tmp_path_factory.mktemp("site")
+    wheel_install.install(tmp_path_factory.mktemp("source"), site)
+    return site
+
+
 @pytest.fixture(scope="module")
 def short_resnet():
     """ResNet-18 with one block per stage instead of two: half of what a small model's compilation costs.

@@ -12,8 +12,11 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @contextlib.contextmanager
-def serve(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """Serves `root/owner/name/*` as repositories at `COMMIT`; gives the address and the paths asked for."""
+def serve(root: Path, token: str | None = None) -> Iterator[tuple[str, list[str]]]:
+    """Serves `root/owner/name/*` as repositories at `COMMIT`; gives the address and the paths asked for.
+
+    Repositories named `private` are there for those alone who send the token.
+    """
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -36,7 +39,8 @@ def serve(root: Path) -> Iterator[tuple[str, list[str]]]:
             path = self.path.partition("?")[0].strip("/").split("/")
             names = path[2:] if path[:2] == ["api", "models"] else path
             folder = root.joinpath(*names[:2])
-            if len(names) < 2 or not folder.is_dir():
+            hidden = names[1:2] == ["private"] and self.headers["Authorization"] != f"Bearer {token}"
+            if len(names) < 2 or hidden or not folder.is_dir():
                 return self.answer(b"{}", 404, X_Error_Code="RepoNotFound")
             revision = names[3] if len(names) > 3 else "main"
             if revision not in ("main", "v1", COMMIT):

@@ -3,12 +3,11 @@
 import ast
 import json
 import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from wheel_install import run
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -23,28 +22,6 @@ notebook = nbformat.read(path, as_version=4)
 NotebookClient(notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
 nbformat.write(notebook, "executed.ipynb")
 """
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory) -> Path:
-    """A folder that holds the packages of the wheel, built from a clean copy of what it is made of."""
-    source, site = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
-    for name in ("detr_jax", "pallas_kernels"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    run([*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(source), str(source)])
-    (wheel,) = source.glob("*.whl")
-    run([*pip, "install", "--no-deps", "--no-index", "--target", str(site), str(wheel)])
-    return site
-
-
-def run(command, **options) -> str:
-    """Runs a program; its output is the error message if it fails."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
-    assert done.returncode == 0, done.stdout[-6000:]
-    return done.stdout
 
 
 def cells(path: Path, kind: str) -> list[str]:

@@ -394,8 +394,10 @@ def to_theirs(tensor: np.ndarray, name: str, kernel: bool) -> np.ndarray:
 
 def load_backbone(
     path: str, config: BackboneConfig, params: Mapping[str, Any], buffers: Mapping[str, Any]
-) -> tuple[dict, dict]:
+) -> tuple[dict, dict, str]:
     """`params` and `buffers` of a detector with its backbone taken from ResNet weights with torchvision's names.
+
+    The third result is a line for people: what was read.
 
     `path` is a file, or a name on the Hugging Face hub such as `timm/resnet50.tv_in1k`, which has these names too.
 
@@ -408,7 +410,8 @@ def load_backbone(
     """
     if "mean" not in buffers.get("backbone", {}).get("stem_norm", {}):
         raise UserError(f"{path}: torchvision's weights are for model.backbone.norm='frozen_batch', got 'group'")
-    tensors, _ = read_tensors(hub.locate(path))
+    where = hub.locate(path)
+    tensors, _ = read_tensors(where)
     # The classifier and BatchNorm's step counters have no place in a detector.
     unused = {name for name in tensors if not name.startswith("fc.") and not name.endswith("num_batches_tracked")}
     rows = compile_rows((ours, theirs) for theirs, ours in TORCHVISION)
@@ -440,7 +443,8 @@ def load_backbone(
             f"Is it torchvision's file for a {describe_backbone(dataclasses.replace(config, deform_version=0))}, as "
             "model.backbone says?"
         )
-    return loaded
+    plain = describe_backbone(dataclasses.replace(config, deform_version=0))
+    return *loaded, f"backbone: {hub.describe(path, where)}: {plain}, {len(tensors)} tensors"
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

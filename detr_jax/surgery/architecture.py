@@ -263,7 +263,7 @@ def swap_backbone(
     result = transplant(loaded, config, rule, what, values=theirs, seed=seed)
     if weights and not donor:
         graphdef, params, buffers = split(config, result.model)
-        result.model = nnx.merge(graphdef, *load_backbone(weights, new, params, buffers))
+        result.model = nnx.merge(graphdef, *load_backbone(weights, new, params, buffers)[:2])
     return result
 
 

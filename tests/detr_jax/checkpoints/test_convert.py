@@ -59,9 +59,10 @@ def tensors():
 def test_every_tensor_lands_where_its_name_says(detector, tensors, tmp_path):
     _, params, buffers = detector
     save_file(tensors, tmp_path / "resnet18.safetensors")
-    new_params, new_buffers = load_backbone(
+    new_params, new_buffers, report = load_backbone(
         str(tmp_path / "resnet18.safetensors"), BackboneConfig(depth=18), params, buffers
     )
+    assert report == f"backbone: {tmp_path}/resnet18.safetensors: ResNet-18, {len(tensors)} tensors"
     numbers = sum(leaf.size for leaf in jax.tree.leaves((new_params["backbone"], new_buffers["backbone"])))
     used = {name: x for name, x in tensors.items() if not name.startswith("fc.") and "num_batches" not in name}
     assert numbers == sum(x.size for x in used.values())
@@ -80,7 +81,7 @@ def test_a_deformable_backbone_starts_as_the_convolutions_of_the_file(version, t
     params, buffers = (jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), x) for x in split(config, model)[1:])
     tensors = dict(tensors)
     save_file(tensors, tmp_path / "resnet18.safetensors")
-    new, frozen = load_backbone(str(tmp_path / "resnet18.safetensors"), backbone, params, buffers)
+    new, frozen, _ = load_backbone(str(tmp_path / "resnet18.safetensors"), backbone, params, buffers)
     conv = new["backbone"]["stages"][1][0]["convs"][1]
     theirs = tensors["layer2.0.conv2.weight"].transpose(2, 3, 1, 0)
     np.testing.assert_array_equal(conv["kernel"], version * theirs)
@@ -95,7 +96,7 @@ def test_a_deformable_backbone_starts_as_the_convolutions_of_the_file(version, t
             tensors |= {f"{name}.weight": np.full((channels, width, 3, 3), 0.5, np.float32)}
             tensors |= {f"{name}.bias": np.ones(channels, np.float32)}
     save_file(tensors, tmp_path / "dcn.safetensors")
-    new, _ = load_backbone(str(tmp_path / "dcn.safetensors"), backbone, params, buffers)
+    new, *_ = load_backbone(str(tmp_path / "dcn.safetensors"), backbone, params, buffers)
     conv = new["backbone"]["stages"][1][0]["convs"][1]
     np.testing.assert_array_equal(conv["kernel"], theirs)
     np.testing.assert_array_equal(conv["offset"]["bias"], np.ones(channels))
