@@ -146,9 +146,14 @@ def _rgb(image: Image.Image | np.ndarray) -> Image.Image:
     return (image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))).convert("RGB")
 
 
-@functools.lru_cache(maxsize=1000)
 def _font(text: str, size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """A font that has the letters of a text.
+    """A font that has the letters of a text."""
+    return ImageFont.truetype(font_file(text, bold), size)
+
+
+@functools.lru_cache(maxsize=1000)
+def font_file(text: str, bold: bool = False) -> str:
+    """The file of a font that has the letters of a text.
 
     DejaVu, which matplotlib carries, so that pictures look the same everywhere; for scripts that it lacks (Chinese,
     Thai, ...) a font of the system, of those that matplotlib's font manager finds. Fonts for all scripts have tens of
@@ -158,7 +163,7 @@ def _font(text: str, size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     default = str(folder / ("DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"))
     letters = frozenset(ord(letter) for letter in text if not letter.isspace())
     if letters <= _letters(default):
-        return ImageFont.truetype(default, size)
+        return default
     from matplotlib.font_manager import fontManager
 
     # Upright ones of normal weight first; the order is that of names, not that of the disk.
@@ -170,7 +175,7 @@ def _font(text: str, size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
             "one that has it, such as those of the Debian packages fonts-noto and fonts-noto-cjk",
             stacklevel=2,
         )
-    return ImageFont.truetype(best, size)
+    return best
 
 
 @functools.cache

@@ -226,10 +226,10 @@ class GroupNorm(nnx.Module):
             groups = pixels.reshape(b, self.num_groups, -1).sum(-1) / count
             return jnp.repeat(groups, c // self.num_groups, axis=1)[:, None, None]
 
-        centerd = x.astype(jnp.float32)
-        centerd -= group_mean(centerd)
-        scale = jax.lax.rsqrt(group_mean(jnp.square(centerd)) + 1e-5) * self.scale[...]
-        return (centerd * scale + self.bias[...]).astype(x.dtype)
+        centered = x.astype(jnp.float32)
+        centered -= group_mean(centered)
+        scale = jax.lax.rsqrt(group_mean(jnp.square(centered)) + 1e-5) * self.scale[...]
+        return (centered * scale + self.bias[...]).astype(x.dtype)
 
 
 def max_pool(x: jax.Array) -> jax.Array:

@@ -25,7 +25,7 @@ from detr_jax.detector import Detector
 from detr_jax.errors import UserError
 from detr_jax.matching import match
 from detr_jax.visualize.mistakes import read_image
-from detr_jax.visualize.panels import INK, Sheet, add_box, add_text, color_of, line, show_image, whole
+from detr_jax.visualize.panels import INK, Page, Sheet, add_box, add_text, color_of, line, show_image, whole
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -190,7 +190,7 @@ def stability_figure(runs: Mapping[str, Mapping[int, Sequence[np.ndarray]]]) -> 
     Raises:
         ValueError: a run with fewer than two checkpoints.
     """
-    figure = Figure(figsize=(6.5, 3.6), dpi=120, layout="constrained")
+    figure = Page(figsize=(6.5, 3.6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for name, by_step in runs.items():

@@ -12,7 +12,7 @@ from detr_jax.data.index import DatasetIndex
 from detr_jax.errors import UserError
 from detr_jax.scoring import Scores
 from detr_jax.visualize.mistakes import Error, read_image
-from detr_jax.visualize.panels import INK, Sheet, add_box, color_of, line, show_image
+from detr_jax.visualize.panels import INK, Page, Sheet, add_box, color_of, line, show_image
 from detr_jax.visualize.prediction_figures import square
 
 
@@ -66,7 +66,7 @@ def confusion_figure(counts: np.ndarray, names: Sequence[str], scores: Scores, *
     shares = matrix / np.maximum(counts[[*kept, len(names)]].sum(1, keepdims=True), 1)
     labels = [names[i] for i in kept]
     side = 2.6 + 0.45 * len(labels)
-    figure = Figure(figsize=(1.6 * side + 2.6, side + 0.4), dpi=120, layout="constrained")
+    figure = Page(figsize=(1.6 * side + 2.6, side + 0.4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     table, by_size, by_class = figure.subplot_mosaic([["m", "s"], ["m", "c"]], width_ratios=[1.4, 1]).values()
     table.imshow(shares, cmap="cividis", vmin=0, vmax=1)

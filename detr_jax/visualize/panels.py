@@ -11,11 +11,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 from PIL import Image
 
-from detr_jax.drawing import class_color
+from detr_jax.drawing import class_color, font_file
 
 Window = tuple[float, float, float, float]
 """x0, y0, x1, y1 in pixels of an image."""
@@ -29,6 +31,17 @@ HEAT_OVER_PHOTO = LinearSegmentedColormap.from_list(
 
 # Inches.
 _MARGIN, _GAP, _HEADING, _TITLE, _LEGEND, _BAR, _BAR_TEXT = 0.2, 0.14, 0.38, 0.27, 0.42, 0.15, 0.85
+
+
+class Page(Figure):
+    """A figure in which every text has a font with its letters, such as names of classes in any script."""
+
+    def draw(self, renderer) -> None:
+        for text in self.findobj(Text):
+            if not str(text.get_text()).isascii():
+                file = font_file(text.get_text(), bold=text.get_fontweight() == "bold")
+                text.set_fontfamily(["DejaVu Sans", FontProperties(fname=file).get_name()])
+        super().draw(renderer)
 
 
 class Sheet:
@@ -60,7 +73,7 @@ class Sheet:
         width = max(width, *(0.5 + 0.092 * len(heading) for heading in headings), 6.5)
         block = _HEADING + rows * (height + _TITLE + below) + (rows - 1) * _GAP / 2 + _LEGEND
         total = block * len(headings) + 0.08
-        self.figure = Figure(figsize=(width, total), dpi=120)
+        self.figure = Page(figsize=(width, total), dpi=120)
         FigureCanvasAgg(self.figure)
         self.panels: list[list[Axes]] = []
         """Of each block."""
@@ -170,7 +183,7 @@ def add_cross(axes: Axes, x: float, y: float, *, size: float = 11) -> None:
 
 
 def add_text(axes: Axes, x: float, y: float, text: str, *, color: object = "white", size: float = 9) -> None:
-    """Letters with a dark edge, centerd; what is outside the view is not drawn."""
+    """Letters with a dark edge, centered; what is outside the view is not drawn."""
     halo = [patheffects.withStroke(linewidth=2.4, foreground="black")]
     axes.text(
         *(x, y, text), color=color, fontsize=size, ha="center", va="center", path_effects=halo, zorder=6, clip_on=True

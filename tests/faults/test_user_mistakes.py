@@ -9,6 +9,7 @@ import pytest
 import tiny
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.font_manager import fontManager
 from PIL import Image
 
@@ -17,6 +18,7 @@ from detr_jax.checkpoints.files import read_tensors
 from detr_jax.checkpoints.load import not_finite
 from detr_jax.config import Config, DataConfig, DeformableDETRConfig, OptimConfig, TrainConfig, from_dict
 from detr_jax.errors import UserError
+from detr_jax.visualize.panels import Page
 
 CONFIG = "configs/bccd.py"
 
@@ -180,17 +182,28 @@ def test_class_names_of_any_script_are_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(fontManager, "ttflist", list(fontManager.ttflist))
     write_font(tmp_path / "faults.ttf", letter)
     fontManager.addfont(str(tmp_path / "faults.ttf"))
-    drawing._font.cache_clear()
+    drawing.font_file.cache_clear()
     assert drawing._font(f"{letter}{letter}", 12).path == str(tmp_path / "faults.ttf")
     assert drawing._font("cat and Кот", 12).path.endswith("DejaVuSans.ttf")
     image, boxes = np.zeros((90, 120, 3), np.uint8), np.array([[10.0, 20, 80, 70]])
     picture = drawing.draw_detections(image, boxes, np.array([0]), [letter])
     assert picture.size == (120, 90)
 
+    def drawn(name: str) -> np.ndarray:
+        figure = Page(figsize=(1, 1))
+        figure.text(0.2, 0.4, name, fontsize=30)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        return np.asarray(canvas.buffer_rgba())[..., 0]
+
+    # The square is filled; the empty box that stands for a missing letter is not. DejaVu has "A" in the same figure.
+    assert (drawn(letter) == 0).mean() > 0.04
+    assert not np.array_equal(drawn(f"A{letter}"), drawn(letter))
+
 
 def test_a_script_without_a_font_is_said(monkeypatch):
     monkeypatch.setattr(fontManager, "ttflist", [])
-    drawing._font.cache_clear()
+    drawing.font_file.cache_clear()
     with pytest.warns(UserWarning, match=r"no font on this machine has the letter .*fonts-noto-cjk"):
         drawing._font("\U00016a5f", 12)
 

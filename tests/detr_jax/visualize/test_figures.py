@@ -329,8 +329,8 @@ def test_matching():
             both = np.prod(np.maximum(high - low, 0))
             union = np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - both
             hull = np.prod(np.maximum(a[2:], b[2:]) - np.minimum(a[:2], b[:2]))
-            centerd = [np.concatenate([(c[:2] + c[2:]) / 2, c[2:] - c[:2]]) for c in (a, b)]
-            l1 = np.abs(centerd[0] - centerd[1]).sum()
+            centered = [np.concatenate([(c[:2] + c[2:]) / 2, c[2:] - c[:2]]) for c in (a, b)]
+            l1 = np.abs(centered[0] - centered[1]).sum()
             cost[t, q] = 2 * focal[q, labels[t]] + 5 * l1 - 2 * (both / union - (hull - union) / hull)
         rows, columns = linear_sum_assignment(cost)
         np.testing.assert_array_equal(queries[layer], columns)
