@@ -386,6 +386,13 @@ class LossConfig:
     matcher: Literal["device", "scipy"] = "device"
     """`device` matches inside the jitted step; `scipy` calls back to the host."""
 
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if field.type is float:
+                _check_at_least(0, f"loss.{field.name}", getattr(self, field.name))
+        if self.focal_alpha > 1:
+            raise UserError(f"loss.focal_alpha={self.focal_alpha}: expected at most 1")
+
     @classmethod
     def detr(cls) -> "LossConfig":
         """DETR's softmax loss."""

@@ -16,7 +16,7 @@ from PIL import Image
 from detr_jax import cli, drawing, training
 from detr_jax.checkpoints.files import read_tensors
 from detr_jax.checkpoints.load import not_finite
-from detr_jax.config import Config, DataConfig, DeformableDETRConfig, OptimConfig, TrainConfig, from_dict
+from detr_jax.config import Config, DataConfig, DeformableDETRConfig, LossConfig, OptimConfig, TrainConfig, from_dict
 from detr_jax.errors import UserError
 from detr_jax.visualize.panels import Page
 
@@ -34,6 +34,9 @@ CONFIG = "configs/bccd.py"
         (["--optim.lr", "nan"], r"optim\.lr=nan"),
         (["--optim.ema-decay", "1"], r"optim\.ema_decay=1\.0: expected a share, less than 1"),
         (["--optim.clip-norm", "0"], r"optim\.clip_norm=0"),
+        (["--loss.l1-weight", "-1"], r"loss\.l1_weight=-1"),
+        (["--loss.giou-cost", "nan"], r"loss\.giou_cost=nan"),
+        (["--loss.focal-alpha", "2"], r"loss\.focal_alpha=2"),
         (["--data.max-size", "0"], r"data\.max_size=0"),
         (["--data.buckets", "100", "128"], r"data\.buckets: got \(100, 128\).*holds it is \(128, 128\)"),
         (["--loss.classification", "softmax"], r"loss\.classification: got 'softmax', but .* are for 'focal'"),
@@ -46,7 +49,7 @@ def test_a_number_that_cannot_be(flags, message, capsys):
     assert re.search(message, re.sub(r"[\s│]+", " ", shown.out + shown.err))
 
 
-@pytest.mark.parametrize("section", [TrainConfig, OptimConfig, DataConfig, Config])
+@pytest.mark.parametrize("section", [TrainConfig, OptimConfig, DataConfig, LossConfig, Config])
 def test_the_defaults_can_be(section):
     section()
 
