@@ -25,7 +25,7 @@ from detr_jax.config import DeformableDETRConfig
 from detr_jax.data import image, transforms
 from detr_jax.data.resample import normalize
 from detr_jax.errors import UserError
-from detr_jax.models import build
+from detr_jax.models import build_abstract
 from detr_jax.postprocess import postprocess
 
 _MODULES = {
@@ -72,7 +72,7 @@ def export(
     config = loaded.config
     if isinstance(config, DeformableDETRConfig):
         config = dataclasses.replace(config, implementation="reference")
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))
+    graphdef, _ = nnx.split(build_abstract(config))
     leaves, structure = jax.tree.flatten(nnx.state(loaded.model))
 
     def detect(weights, pixels, sizes, orig_sizes):

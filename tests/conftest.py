@@ -1,13 +1,14 @@
 """Every test runs on 8 fake CPU devices; TensorFlow stays quiet; programs are compiled fast, and each one once."""
 
+import importlib.metadata
 import os
 import tempfile
 
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8"
-    + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
+flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+flags += " --xla_llvm_disable_expensive_passes=true"
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    flags += " --xla_cpu_use_fusion_emitters=false"  # half the time; later versions have no other emitters
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # pytest's workers and the processes that tests start share what they compile. Set the folder yourself to keep it.
@@ -30,6 +31,15 @@ def data_dir() -> Path:
     return DATA
 
 
+@pytest.fixture(scope="module")
+def shared_programs():
+    """Runs of a module that are the same but for their length and folder trace and compile once."""
+    import shared_programs
+
+    with shared_programs.shared():
+        yield
+
+
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory) -> Path:
     """A folder that holds the packages of the wheel."""
@@ -47,8 +57,11 @@ def short_resnet():
     For modules that compare a model with itself; not where PyTorch's ResNet-18, a stored output or a process of its own
     is on the other side.
     """
+    from detr_jax import models
     from detr_jax.models.resnet import BLOCKS
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(BLOCKS, 18, (1, 1, 1, 1))
+        models._abstract.cache_clear()
         yield
+    models._abstract.cache_clear()

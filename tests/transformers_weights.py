@@ -15,7 +15,7 @@ from detr_jax.config import DeformableDETRConfig, DETRConfig
 
 def random_weights(config: DETRConfig | DeformableDETRConfig) -> dict[str, np.ndarray]:
     """A value for each tensor of our model, drawn by a generator that its path seeds; activations stay of order 1."""
-    abstract = nnx.state(nnx.eval_shape(lambda: models.build(config, rngs=nnx.Rngs(0))))
+    abstract = nnx.state(models.build_abstract(config))
     shapes = {".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(abstract)}
     return {path: _random(path, shape) for path, shape in shapes.items()}
 
@@ -42,7 +42,7 @@ def _random(path: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def load(config: DETRConfig | DeformableDETRConfig, weights: Mapping[str, np.ndarray]) -> Any:
     """Our model with these weights."""
-    model = nnx.eval_shape(lambda: models.build(config, rngs=nnx.Rngs(0)))
+    model = models.build_abstract(config)
     graphdef, state = nnx.split(model)
     flat = [(path, leaf.replace(weights[".".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]
     return nnx.merge(graphdef, nnx.from_flat_state(flat))

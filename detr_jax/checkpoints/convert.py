@@ -33,7 +33,7 @@ from detr_jax.checkpoints.key_maps import (
 )
 from detr_jax.config import MEAN, STD, BackboneConfig, DeformableDETRConfig, DETRConfig, DINOConfig, ModelConfig
 from detr_jax.errors import UserError
-from detr_jax.models import build
+from detr_jax.models import build_abstract
 from detr_jax.models.deform_conv import plain_kernel_factor
 from detr_jax.models.resnet import BLOCKS
 
@@ -343,7 +343,7 @@ def assemble(config: ModelConfig, found: Tensors, what: str) -> tuple[nnx.Module
     Raises:
         ValueError: they do not fit; names the first that do not, with both shapes.
     """
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))
+    graphdef, state = nnx.split(build_abstract(config))
     unused, problems, notes, values = set(found), [], [], []
     for path, leaf in nnx.to_flat_state(state):
         name = canonical(path)

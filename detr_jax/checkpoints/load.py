@@ -24,7 +24,7 @@ from detr_jax.config import (
     from_dict,
 )
 from detr_jax.errors import NotFoundError, UserError
-from detr_jax.models import build
+from detr_jax.models import build_abstract
 from detr_jax.models.trainable import split
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def set_mask_padding(loaded: Loaded, mask_padding: bool) -> Loaded:
     """The same detector with `backbone.mask_padding` on or off; its parameters are the same ones."""
     backbone = dataclasses.replace(loaded.config.backbone, mask_padding=mask_padding)
     config = dataclasses.replace(loaded.config, backbone=backbone)
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))
+    graphdef, _ = nnx.split(build_abstract(config))
     report = f"{loaded.report}\n  padding {'masked' if mask_padding else 'not masked'}, as asked for"
     return dataclasses.replace(loaded, config=config, model=nnx.merge(graphdef, nnx.state(loaded.model)), report=report)
 
@@ -260,7 +260,7 @@ def restore_model(
     from detr_jax.checkpoints import store
 
     saved = store.read_metadata(directory, step)
-    model = nnx.eval_shape(lambda: build(config.model, rngs=nnx.Rngs(0)))
+    model = build_abstract(config.model)
     graphdef, params, buffers = split(config.model, model)
     trained = "ema" if "ema" in saved["entries"] else "params"
 

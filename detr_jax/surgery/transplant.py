@@ -14,7 +14,7 @@ from detr_jax.categories import Categories
 from detr_jax.checkpoints.load import Loaded
 from detr_jax.config import DeformableDETRConfig, ModelConfig
 from detr_jax.errors import UserError
-from detr_jax.models import build, split
+from detr_jax.models import build, build_abstract, split
 
 Path = tuple[Any, ...]
 
@@ -111,7 +111,7 @@ def transplant(
     """
     old = tensors(loaded.model)
     donors = {**old, **(values or {})}
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(seed))))
+    graphdef, abstract = nnx.split(build_abstract(config))
 
     origins = {tuple(path): rule(tuple(path)) or Origin(None) for path, _ in nnx.to_flat_state(abstract)}
     places = {

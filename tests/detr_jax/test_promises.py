@@ -25,6 +25,7 @@ from detr_jax.checkpoints import store
 from detr_jax.data.sampler import TrainSampler
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 
 @pytest.fixture(scope="module", autouse=True)

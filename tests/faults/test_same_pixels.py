@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from PIL import Image
 
 from detr_jax import cli
@@ -21,7 +20,7 @@ from detr_jax.data.sampler import EvalSampler, TrainSampler
 from detr_jax.detector import Detector
 from detr_jax.errors import DataError, NotFoundError, UserError
 from detr_jax.export_standalone import ExportedDetector
-from detr_jax.models import build
+from detr_jax.models import build_abstract
 from detr_jax.visualize.inspection import Inspector
 
 DATA = DataConfig(
@@ -85,7 +84,7 @@ def formats(tmp_path_factory):
 @pytest.fixture(scope="module")
 def detector():
     """A detector whose model never runs; `seen` has what it would have been given: pixels, sizes."""
-    model = nnx.eval_shape(lambda: build(MODEL, rngs=nnx.Rngs(0)))
+    model = build_abstract(MODEL)
     loaded = Loaded(MODEL, model, Categories((1,), ("thing",)), "focal", 64, 96, "no weights", max_source_side=160)
     detector = Detector(loaded)
     seen = []

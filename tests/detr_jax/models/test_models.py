@@ -13,7 +13,7 @@ from flax import nnx
 from transformers_weights import load, random_weights
 
 from detr_jax.config import BackboneConfig, DeformableDETRConfig, DETRConfig, DINOConfig
-from detr_jax.models import build, split
+from detr_jax.models import build, build_abstract, split
 from detr_jax.models.attention import offset_directions
 from detr_jax.models.layers import Dropout, GroupNorm, max_pool
 from detr_jax.models.position import LearnedMap
@@ -62,7 +62,7 @@ def run(config, dropout_seed=None):
 @functools.cache
 def compiled(config):
     """A model's outputs as a compiled function of its state and of dropout's key (`None`: no dropout)."""
-    graphdef = nnx.split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))[0]
+    graphdef = nnx.split(build_abstract(config))[0]
 
     @jax.jit
     def detect(state, key):
@@ -75,7 +75,7 @@ def compiled(config):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameter_counts_are_the_published_ones(name):
     config, published = PUBLISHED[name]
-    _, params, _ = split(config, nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))
+    _, params, _ = split(config, build_abstract(config))
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == published
 
 
@@ -119,7 +119,7 @@ def test_learned_positions_end_at_50():
 
 def test_two_stage_needs_as_many_tokens_as_queries():
     config = dataclasses.replace(TWO_STAGE, num_queries=1000)
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))
+    graphdef, state = nnx.split(build_abstract(config))
     # 8 x 12 + 4 x 6 + 2 x 3
     with pytest.raises(ValueError, match="takes 1000 queries from the image's tokens, but there are only 126"):
         jax.eval_shape(lambda state: nnx.merge(graphdef, state)(images(), SIZES), state)
@@ -192,7 +192,7 @@ def test_initialization():
     refined = initial(dataclasses.replace(TWO_STAGE, two_stage=False))
     biases = [head.layers[-1].bias[...].tolist() for head in refined.bbox_embed]
     assert biases == [[0, 0, -2, -2], [0, 0, 0, 0]]
-    plain = nnx.eval_shape(lambda: build(DeformableDETRConfig(**SMALL), rngs=nnx.Rngs(0)))
+    plain = build_abstract(DeformableDETRConfig(**SMALL))
     assert len(plain.class_embed) == len(plain.bbox_embed) == 1
     attention = model.encoder[0].self_attn
     np.testing.assert_array_equal(attention.sampling_offsets.kernel[...], 0)

@@ -27,7 +27,7 @@ from detr_jax.config import (
     TuneConfig,
     model_from_dict,
 )
-from detr_jax.models import ResNet, build, split
+from detr_jax.models import ResNet, build_abstract, split
 from detr_jax.models.resnet import BLOCKS
 from detr_jax.surgery.transplant import tensors
 
@@ -94,7 +94,7 @@ def loaded(config, **changes) -> Loaded:
 @functools.cache
 def compiled(config):
     """A model's outputs, compiled once for all models of one architecture."""
-    graphdef = nnx.split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))[0]
+    graphdef = nnx.split(build_abstract(config))[0]
     return jax.jit(lambda state: nnx.merge(graphdef, state)(IMAGES, SIZES))
 
 
@@ -108,7 +108,7 @@ def run(detector: Loaded) -> dict:
 def compiled_step(config, loss):
     """A step of plain gradient descent, compiled once for all models of an architecture (with SciPy matching)."""
     config = Config(config, dataclasses.replace(loss, matcher="scipy"))
-    graphdef = split(config.model, nnx.eval_shape(lambda: build(config.model, rngs=nnx.Rngs(0))))[0]
+    graphdef = split(config.model, build_abstract(config.model))[0]
     batch = {
         "size": jnp.asarray(SIZES),
         "boxes_cxcywh": jnp.full((2, 2, 4), 0.4),

@@ -11,7 +11,7 @@ from detr_jax.categories import Categories
 from detr_jax.checkpoints.load import Loaded
 from detr_jax.data.resample import normalize
 from detr_jax.detector import Detector
-from detr_jax.models import attention, build, deformable_detr
+from detr_jax.models import attention, build_abstract, deformable_detr
 from detr_jax.visualize.inspection import Inspector, Maps, Sampling
 
 pytestmark = pytest.mark.usefixtures("short_resnet")
@@ -20,7 +20,7 @@ POINTS = [(10, 20), (630, 470), (320.5, 100)]
 
 
 def make_detector(config, classification):
-    graphdef = nnx.split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))[0]
+    graphdef = nnx.split(build_abstract(config))[0]
     state, _, _ = functions(config)  # parameters with noise, so that every token differs
     names = tuple(f"class {i}" for i in range(config.num_classes))
     categories = Categories(tuple(range(1, config.num_classes + 1)), names)
