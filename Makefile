@@ -5,7 +5,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
-.PHONY: demo picture test test-slow test-aot mutants notebooks parity lint docs clean
+# The newest Python that is installed, if it is newer than the one above: for `make test-newest`.
+NEWEST ?= $(shell for p in python3.14 python3.13 $$HOME/.pyenv/versions/3.1[34].*/bin/python; do \
+	$$p -c "" 2>/dev/null && echo $$p && break; done)
+PART ?= tests/test_imports.py tests/pallas_kernels/ms_deform_attn/test_api.py tests/pallas_kernels/ms_deform_attn/test_gpu.py \
+	tests/pallas_kernels/ms_deform_attn/test_reference.py tests/detr_jax/test_train_step.py tests/detr_jax/test_cli.py \
+	tests/detr_jax/checkpoints/test_store.py tests/detr_jax/test_matching.py
+
+.PHONY: demo picture test test-newest test-slow test-aot mutants notebooks parity lint docs clean
 
 # Huge pages make a step on the CPU an eighth shorter on Linux; other systems ignore the variable.
 demo: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
@@ -20,6 +27,12 @@ picture: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
+
+# A part of the tests with the newest Python and the newest jax; `make test-newest PART=` runs all.
+test-newest:
+	@test -n "$(NEWEST)" || echo "no newer Python is installed: nothing to do"
+	test -z "$(NEWEST)" || $(MAKE) VENV=$(VENV)-newest PYTHON=$(NEWEST) $(VENV)-newest/.installed-test
+	test -z "$(NEWEST)" || $(VENV)-newest/bin/python -m pytest $(PART)
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow
@@ -50,7 +63,7 @@ docs: $(VENV)/.installed-docs
 	$(BIN)/mkdocs build
 
 clean:
-	rm -rf $(VENV) runs build site *.egg-info
+	rm -rf $(VENV) $(VENV)-newest runs build site *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -81,7 +81,7 @@ def test_wrong_configs_are_named(tmp_path):
 def test_scripts_end_with_a_message_not_a_traceback(tmp_path):
     for script, flags, expected in (
         ("train.py", ["--config", "configs/bccd.py", "--data.root", str(tmp_path)], "no train set found"),
-        ("eval.py", ["--checkpoint", str(tmp_path / "none")], "no checkpoint"),
+        ("eval.py", ["--checkpoint", str(tmp_path / "none")], "none: no such file or folder; expected a checkpoint"),
     ):
         command = [sys.executable, script, *flags]
         one_device = os.environ | {"XLA_FLAGS": ""}

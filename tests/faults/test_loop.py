@@ -17,7 +17,7 @@ from detr_jax.checkpoints import store
 from detr_jax.errors import DataError, UserError
 from detr_jax.metric_writer import read_metrics
 
-pytestmark = pytest.mark.usefixtures("shared_programs")
+pytestmark = pytest.mark.usefixtures("short_resnet", "shared_programs")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -58,8 +58,9 @@ def test_masked_padding_gives_the_same_boxes_in_any_bucket(name):
     for bucket, companion in (((101, 187), None), ((160, 160), (150, 70))):
         got = detect(model, bucket, companion)
         for key, value in expected.items():
-            # Sums over buckets of other sizes are added in another order: float32 noise, 1e-6 was seen.
-            np.testing.assert_allclose(got[key], value, rtol=0, atol=5e-6, err_msg=f"{key} on {bucket}")
+            # Sums over buckets of other sizes are added in another order: float32 noise, 5.5e-6 was seen. Unmasked
+            # padding moves boxes by more than 0.01 (below).
+            np.testing.assert_allclose(got[key], value, rtol=0, atol=2e-5, err_msg=f"{key} on {bucket}")
 
 
 @pytest.mark.parametrize("name", ["detr", "deformable"])
