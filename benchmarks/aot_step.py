@@ -1,47 +1,49 @@
-"""A whole training step compiled ahead of time for one TPU chip: does it fit, and what does each attention path cost?
+"""A whole training step compiled ahead of time for one TPU chip: does it fit, and where do its cycles go?
 
-The step is the one that `train.py` runs: resampling, R50 two-stage Deformable DETR or DINO-4scale with its denoising
-queries, bfloat16, matching on the device, losses, backward and the AdamW update. Nothing runs and no TPU is needed;
-each path compiles for five minutes or more on two cores.
+The step is the one that `train.py` runs, as `detr-jax plan` compiles it: resampling, R50 two-stage Deformable DETR or
+DINO-4scale with its denoising queries, bfloat16, matching on the device, losses, backward and the AdamW update, with
+boxes and image sizes as in COCO. Nothing runs and no TPU is needed; each path compiles for five minutes or more on two
+cores.
 
     pip install 'libtpu==0.0.42.*'
     JAX_PLATFORMS=cpu python benchmarks/aot_step.py
+    JAX_PLATFORMS=cpu python benchmarks/aot_step.py --top 30
 
-Memory is what the compiler allocates. Milliseconds are XLA's estimates, and bundles of kernels and gathers, at an
-assumed clock (`pallas_kernels.ahead_of_time` says what that leaves out): sorts, and waiting. The
-matching's loops, whose length depends on the data, count once. Gathers and kernels are the attention's, of layers that
-are compiled once more, each for itself. The kernels' share assumes offsets that spread by 2 pixels.
+The first form compares implementations of the attention. Memory is what the compiler allocates. Milliseconds are
+XLA's estimates, and bundles of kernels and gathers, at an assumed clock (`pallas_kernels.ahead_of_time` says what that
+leaves out): sorts, and waiting. The matching's loops, whose length depends on the data, count once. Gathers and kernels
+are the attention's, of layers that are compiled once more, each for itself. The kernels' share assumes offsets that
+spread by 2 pixels.
+
+The second form, for the first implementation, lists the parts of the step and its most expensive operations, with the
+line of the source that made them. `FLOP` and `HBM` are the time that the operation's products and its traffic with the
+main memory would need at the chip's published peaks, as a share of the estimate: near 100 % it cannot be made faster
+without doing less. Kernels have no estimate, and are not in it.
 """
 
 import argparse
 import dataclasses
-import multiprocessing
-import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from detr_jax.config import Config, DataConfig, DeformableDETRConfig, DINOConfig, LossConfig, TrainConfig
-from detr_jax.data.pipeline import batches
+from detr_jax.config import Config, DeformableDETRConfig, DINOConfig, LossConfig, TrainConfig
 from detr_jax.data.sampler import TrainSampler
-from detr_jax.data.splits import load_split
-from detr_jax.denoising import num_slots
-from detr_jax.train_step import init_state, make_optimizer, make_train_step
+from detr_jax.plan import SPREAD, attention_layers, compile_step, stand_in
 from pallas_kernels import ahead_of_time
-from pallas_kernels.ms_deform_attn.bench import static_costs, visits
-from pallas_kernels.ms_deform_attn.shapes import Shape
+from pallas_kernels.compiled_program import Operation, Program
+from pallas_kernels.ms_deform_attn.bench import layer_bundles
 
-SPREAD = 2.0
 MODELS = {
     "two_stage": (DeformableDETRConfig.r50_two_stage(), LossConfig()),
     "dino": (DINOConfig.r50_4scale(), LossConfig.dino()),
 }
+PARTS = (
+    "resampling", "backbone", "stem", "stage_1", "stage_2", "stage_3", "stage_4", "input_proj", "encoder",
+    "encoder_layer", "proposals", "decoder_layer", "heads", "losses", "matching", "update",
+)  # fmt: skip
+"""Named scopes of the step, roughly in the order in which it runs. An operation belongs to the innermost one."""
 
 
 def main() -> None:
@@ -51,11 +53,25 @@ def main() -> None:
     parser.add_argument("--bucket", type=int, nargs=2, default=(800, 1333), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--batch-size", type=int, default=2, help="images on the chip (default %(default)s)")
     parser.add_argument("--implementations", nargs="+", default=["tensorcore", "xla"], help="(default %(default)s)")
+    parser.add_argument("--top", type=int, metavar="N", help="list the parts, and the N most expensive operations")
+    parser.add_argument(
+        "--hlo", type=Path, metavar="FILE", help="with --top: keep the compiled text, or read it if the file exists"
+    )
     args = parser.parse_args()
     ahead_of_time.require_libtpu()
     height, width = args.bucket
     print(f"one {args.generation} chip, {args.batch_size} images of {height} x {width}, R50 {args.model}, bfloat16")
     print(f"assumed clock {ahead_of_time.CLOCK_GHZ[args.generation]} GHz; nothing was run\n")
+    case = args.generation, args.model, (height, width), args.batch_size
+    if args.top is not None:
+        if args.hlo and args.hlo.exists():
+            text = args.hlo.read_text()
+        else:
+            text = ahead_of_time.apart(text_of_step, *case, args.implementations[0])
+            if args.hlo:
+                args.hlo.write_text(text)
+        print("\n".join(tables(Program(text).operations, args.generation, args.top)))
+        return
     print(f"{'':<12}{'------- GiB -------':^30}{'------------ ms ------------':^40}{'compiled':>10}")
     print(
         f"{'attention':<12}{'state':>10}{'temporary':>10}{'program':>10}"
@@ -63,27 +79,36 @@ def main() -> None:
         flush=True,
     )
     for implementation in args.implementations:
-        print(apart(line, args.generation, args.model, (height, width), args.batch_size, implementation), flush=True)
+        print(ahead_of_time.apart(line, *case, implementation), flush=True)
 
 
-def apart(function: Callable, *args):
-    """The result of a function that runs in a process of its own: compilations take gigabytes."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        return process.submit(function, *args).result()
+def compile_case(generation: str, name: str, bucket: tuple[int, int], batch_size: int, implementation: str):
+    """The compiled step, its config and its sampler."""
+    ahead_of_time.require_libtpu()
+    published, loss = MODELS[name]
+    model = dataclasses.replace(published, implementation=implementation, dtype="bfloat16")
+    config = Config(model=model, loss=loss, train=TrainConfig(batch_size=batch_size))
+    sampler = TrainSampler(stand_in(), config.data, batch_size, seed=0)
+    compiled, _, _ = compile_step(config, sampler, ahead_of_time.mesh(generation), bucket)
+    return compiled, config, sampler
+
+
+def text_of_step(*case) -> str:
+    """The optimized HLO; arguments of `compile_case`."""
+    return compile_case(*case)[0].as_text()
 
 
 def line(generation: str, name: str, bucket: tuple[int, int], batch_size: int, implementation: str) -> str:
-    """Of the table."""
-    ahead_of_time.require_libtpu()
+    """Of the table of implementations."""
     start = time.perf_counter()
-    compiled, layers = compile_step(generation, name, bucket, batch_size, implementation)
+    compiled, config, sampler = compile_case(generation, name, bucket, batch_size, implementation)
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
-    assert memory is not None
     cost = ahead_of_time.cost(compiled, folder=None)
     gathers = kernels = 0.0
-    for shape, count in layers:  # apart from the step: libtpu writes bundles of all that a process compiles, or of none
-        per_layer = apart(of_layer, shape, generation, implementation)
+    for shape, count in attention_layers(config, sampler.max_boxes, bucket):
+        shape = dataclasses.replace(shape, batch=batch_size)
+        per_layer = ahead_of_time.apart(layer_bundles, shape, generation, implementation, SPREAD)
         gathers, kernels = gathers + count * per_layer[0], kernels + count * per_layer[1]
     sizes = [memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.generated_code_size_in_bytes]
     cycles = [cost.cycles, gathers, kernels, cost.cycles + gathers + kernels]
@@ -92,46 +117,53 @@ def line(generation: str, name: str, bucket: tuple[int, int], batch_size: int, i
     return f"{implementation:<12}{''.join(columns)}{seconds:>10.0f}"
 
 
-def of_layer(shape: Shape, generation: str, implementation: str) -> tuple[float, float]:
-    """Bundles of gathers and of kernels in one layer of attention, forward and backward."""
-    ahead_of_time.require_libtpu()
-    with tempfile.TemporaryDirectory() as folder:
-        ahead_of_time.dump_bundles(Path(folder))
-        costs = static_costs(shape, jnp.dtype("bfloat16"), generation, implementation, Path(folder))
-    units = visits(shape, SPREAD) if implementation == "tensorcore" else np.zeros(0)
-    kernels = sum(count.total(shape, units, part) for part, (_, counts) in costs.items() for count in counts.values())
-    return sum(cost.gathers for cost, _ in costs.values()), kernels
+def part_of(operation: Operation) -> str:
+    """Its innermost scope of `PARTS`; `other` without one, `compiler` for what the compiler made."""
+    named = [scope for scope in operation.scopes if scope in PARTS]
+    return named[-1] if named else "other" if operation.scopes else "compiler"
 
 
-def compile_step(generation: str, name: str, bucket: tuple[int, int], batch_size: int, implementation: str):
-    """The compiled step; the sizes of the encoder's and the decoder's attention and how many layers have them."""
-    published, loss = MODELS[name]
-    model = dataclasses.replace(published, implementation=implementation, dtype="bfloat16")
-    data, train = DataConfig(root="tests/data/coco_open"), TrainConfig(batch_size=batch_size)
-    config = Config(model=model, loss=loss, data=data, train=train)
-    index = load_split(config.data, "train")
-    sampler = TrainSampler(index, config.data, batch_size, seed=0)
-    _, batch = next(batches(index, sampler, [0], data_config=config.data))
-    batch.pop("image_id")
-    optimizer = make_optimizer(config.optim, total_steps=1000)
-    mesh = ahead_of_time.mesh(generation)
-    graphdef = None
+def tables(operations: Sequence[Operation], generation: str, top: int) -> Iterator[str]:
+    """The parts of a step, and its most expensive operations, as tables in Markdown."""
+    limits = ahead_of_time.limits(ahead_of_time.mesh(generation))
 
-    def init():
-        nonlocal graphdef
-        graphdef, state = init_state(config, optimizer, mesh)
-        return state
+    def ms(operation: Operation) -> float:
+        return 1e3 * operation.runs * (operation.cycles or 0) / limits.clock
 
-    with jax.set_mesh(mesh):
-        state = jax.eval_shape(init)
-        assert graphdef is not None
-        step: Any = make_train_step(config, graphdef, optimizer, sampler)  # a jitted function
-        compiled = step.trace(state, batch, bucket=bucket).lower(lowering_platforms=("tpu",)).compile()
-    levels = tuple((-(-bucket[0] // stride), -(-bucket[1] // stride)) for stride in (8, 16, 32, 64))
-    encoder = Shape(batch_size, levels, None, model.num_heads, model.hidden_dim // model.num_heads)
-    denoising = num_slots(model, sampler.max_boxes) if isinstance(model, DINOConfig) else 0
-    decoder = dataclasses.replace(encoder, queries=model.num_queries + denoising)
-    return compiled, [(encoder, model.encoder_layers), (decoder, model.decoder_layers)]
+    def shares(time: float, flops: float, size: float) -> str:
+        if not time:
+            return "| |"
+        return f"{1e5 * flops / limits.flops / time:.0f} % | {1e5 * size / limits.bandwidth / time:.0f} %"
+
+    parts = defaultdict(list)
+    for operation in operations:
+        parts[part_of(operation)].append(operation)
+    whole = sum(map(ms, operations))
+    yield "| part | forward, ms | backward, ms | share | TFLOP | GB | FLOP | HBM |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for part in (*PARTS, "other", "compiler", "all"):
+        inside = operations if part == "all" else parts[part]
+        if not inside:
+            continue
+        backward = sum(ms(z) for z in inside if z.backward)
+        time = sum(map(ms, inside))
+        flops, size = sum(z.flops * z.runs for z in inside), sum(z.bytes * z.runs for z in inside)
+        yield (
+            f"| {part} | {time - backward:.1f} | {backward:.1f} | {time / whole:.1%} | {flops / 1e12:.2f} | "
+            f"{size / 1e9:.1f} | {shares(time, flops, size)} |"
+        )
+    yield ""
+    yield "| ms | runs | operation | result | part | source | MB | FLOP | HBM |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for operation in sorted(operations, key=ms, reverse=True)[:top]:
+        time, runs = ms(operation), operation.runs
+        shape = operation.instruction.shapes[0]
+        result = f"{shape.dtype}[{','.join(map(str, shape.dims))}]"
+        part = part_of(operation) + (", backward" if operation.backward else "")
+        yield (
+            f"| {time:.2f} | {runs} | {operation.instruction.opcode} | `{result}` | {part} | {operation.source} | "
+            f"{operation.bytes * runs / 1e6:.0f} | {shares(time, operation.flops * runs, operation.bytes * runs)} |"
+        )
 
 
 if __name__ == "__main__":

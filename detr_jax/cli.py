@@ -7,18 +7,19 @@ import argparse
 import dataclasses
 import importlib.metadata
 import importlib.util
+import json
 import os
 import sys
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from detr_jax.categories import Categories
-from detr_jax.config import Config, DataConfig, TTAConfig, from_dict
+from detr_jax.config import Config, DataConfig, Dtype, TTAConfig, from_dict
 from detr_jax.errors import DataError, NotFoundError, UserError
 from detr_jax.stall import StalledError
 from detr_jax.visualize import command as figures
@@ -490,6 +491,64 @@ def evaluate(argv: Sequence[str]) -> None:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class PlanOptions:
+    """What to compile, and for what."""
+
+    topology: str
+    """A slice of TPUs, such as v5e:4x4, v5e:16x16, v5p:2x2x1 or v6e:4x4, none of which need be here; cpu:8; gpu:N,
+    which must be here."""
+    batch_size: tuple[int, ...] = ()
+    """Global batches to compare; with two, the largest that should fit is estimated. None is the config's."""
+    dtype: tuple[Dtype, ...] = ()
+    """Compute types to compare. None is the config's."""
+    every_bucket: bool = False
+    """Compile all buckets, not only the largest, which decides whether the run fits. A compilation takes minutes."""
+    json: str | None = None
+    """Write the plan here too."""
+    run: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
+    """The config; every field can be overridden. Without --data.root, a stand-in for COCO is the data."""
+
+
+def parse_plan(argv: Sequence[str]) -> PlanOptions:
+    """`--config CONFIG --topology TOPOLOGY [...]` -> the options."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    known, rest = first.parse_known_args(argv)
+    if known.config is None and not {"-h", "--help"} & set(rest):
+        raise UserError(f"--config is missing: --config CONFIG --topology v5e:4x4. Configs: {', '.join(_configs())}")
+    run = load_config(known.config) if known.config else Config()
+    options = tyro.cli(
+        tyro.conf.AvoidSubcommands[PlanOptions],
+        default=PlanOptions(topology=tyro.MISSING, run=run),
+        args=rest,
+        prog="detr-jax plan --config CONFIG",
+        description="Compile a run's training step for devices that are not here: does it fit, what would it cost?",
+    )
+    if options.json:
+        _check_file("--json", options.json)
+    return options
+
+
+def plan(argv: Sequence[str]) -> None:
+    """`detr-jax plan`."""
+    options = parse_plan(argv)
+    if not options.topology.startswith("gpu"):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no accelerator is needed, so none is taken
+    from detr_jax.plan import plan, table
+
+    result = plan(
+        options.run,
+        options.topology,
+        batch_sizes=options.batch_size,
+        dtypes=options.dtype,
+        every_bucket=options.every_bucket,
+    )
+    print("\n".join(table(result)))
+    if options.json:
+        Path(options.json).write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n")
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "predict": predict,
     "data": data,
@@ -500,20 +559,22 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`detr-jax train`, `eval`, `predict`, `data`, `visualize`, `convert`, `export` and `soup`."""
+    """`detr-jax train`, `eval`, `plan`, `predict`, `data`, `visualize`, `convert`, `export` and `soup`."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["--version"]:
         print(f"detr-jax {importlib.metadata.version('detr-jax')}")
         return
-    if argv[:1] in (["train"], ["eval"]):
-        (train if argv[0] == "train" else evaluate)(argv[1:])
+    with_config = {"train": train, "eval": evaluate, "plan": plan}
+    if argv and argv[0] in with_config:
+        with_config[argv[0]](argv[1:])
         return
     if argv[:1] == ["visualize"]:
         about = "Draw what happens inside a detector, or what it gets wrong. Each figure has its own --help."
         prog, commands, argv = "detr-jax visualize", figures.COMMANDS, argv[1:]
     else:
         about = (
-            "DETR, Deformable DETR and DINO. `detr-jax train` and `detr-jax eval` train and score; see their --help."
+            "DETR, Deformable DETR and DINO. `detr-jax train` and `detr-jax eval` train and score, `detr-jax plan` "
+            "says what a training would need; see their --help."
         )
         prog, commands = "detr-jax", COMMANDS | {"visualize": figures.visualize}
     tyro.extras.subcommand_cli_from_dict(commands, prog=prog, description=about, args=argv)

@@ -12,6 +12,7 @@ from detr_jax.denoising import DenoisingQueries
 from detr_jax.matching import match, stack_layers
 
 
+@jax.named_scope("losses")
 def set_prediction_loss(
     outputs: Mapping[str, Any],
     targets: Mapping[str, Any],

@@ -17,6 +17,7 @@ from detr_jax.config import LossConfig
 _LARGEST_COST = 1e30
 
 
+@jax.named_scope("matching")
 def match(
     outputs: Mapping[str, Any], targets: Mapping[str, Any], config: LossConfig
 ) -> tuple[jax.Array, jax.Array | None]:

@@ -1,6 +1,7 @@
 """The device mesh, and how batches and states are laid out on it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -8,9 +9,9 @@ import numpy as np
 from detr_jax.errors import UserError
 
 
-def make_mesh(num_devices: int | None = None) -> jax.sharding.Mesh:
-    """A mesh with the axis `data` over all devices, or the first `num_devices`."""
-    devices = jax.devices()[:num_devices]
+def make_mesh(num_devices: int | None = None, *, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """A mesh with the axis `data` over all devices of this program, or those given, or the first `num_devices`."""
+    devices = (jax.devices() if devices is None else devices)[:num_devices]
     return jax.make_mesh((len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
 
 

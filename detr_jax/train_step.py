@@ -162,14 +162,15 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(config.train.seed), state["step"])
         loss = functools.partial(loss_fn, graphdef=graphdef, config=config, pixels=pixels, key=key)
         (total, terms), grads = jax.value_and_grad(loss, has_aux=True)(state["params"], state["buffers"], batch)
-        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
-        new = state | {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
-        if config.optim.ema_decay:
-            # Early on, the mean of all parameters so far: an average that has forgotten the initialization.
-            decay = jnp.minimum(config.optim.ema_decay, (1 + state["step"]) / (10 + state["step"]))
-            new["ema"] = optax.incremental_update(params, state["ema"], 1 - decay)
-        return new, terms | {"loss": total, "grad_norm": optax.tree.norm(grads)}
+        with jax.named_scope("update"):
+            updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+            params = optax.apply_updates(state["params"], updates)
+            new = state | {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
+            if config.optim.ema_decay:
+                # Early on, the mean of all parameters so far: an average that has forgotten the initialization.
+                decay = jnp.minimum(config.optim.ema_decay, (1 + state["step"]) / (10 + state["step"]))
+                new["ema"] = optax.incremental_update(params, state["ema"], 1 - decay)
+            return new, terms | {"loss": total, "grad_norm": optax.tree.norm(grads)}
 
     return jax.jit(step, donate_argnums=0, static_argnames="bucket")
 

@@ -8,18 +8,25 @@ takes longer; the ratio of two of them is more to be trusted than either.
 
 import dataclasses
 import importlib.util
+import multiprocessing
 import os
 import re
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.compiled_program import Program
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
 """Generation -> a small slice of it; programs are compiled for its first core."""
 CLOCK_GHZ = {"v4": 1.05, "v5e": 1.5, "v5p": 1.75, "v6e": 1.75, "7x": 2.2}
 """Assumed clocks: published or inferred from published peaks, not measured."""
+LINK_GBPS = {"v4": 150, "v5e": 100, "v5p": 300, "v6e": 224, "7x": 600}
+"""Assumed gigabytes per second that a chip sends to others: half of the published bandwidth, which is of both ways."""
 
 
 def require_libtpu() -> None:
@@ -72,6 +79,49 @@ def compile_for(generation: str, function: Callable, *arguments) -> jax.stages.C
 
 
 @dataclasses.dataclass(frozen=True)
+class Limits:
+    """Published peaks of what JAX calls a device, and what is assumed of it."""
+
+    generation: str
+    """A key of `TOPOLOGIES`."""
+    flops: float
+    """bfloat16 operations per second."""
+    bandwidth: float
+    """Bytes per second of the main memory."""
+    memory: int
+    """Bytes of the main memory."""
+
+    @property
+    def clock(self) -> float:
+        """Cycles per second, assumed."""
+        return CLOCK_GHZ[self.generation] * 1e9
+
+    @property
+    def link(self) -> float:
+        """Bytes per second to other chips, assumed."""
+        return LINK_GBPS[self.generation] * 1e9
+
+
+def limits(mesh: jax.sharding.Mesh) -> Limits:
+    """Of a device of a mesh of TPUs."""
+    with jax.set_mesh(mesh):
+        info = pltpu.get_tpu_info()
+    cores = info.num_cores
+    return Limits(
+        str(info.chip_version),
+        info.bf16_ops_per_second * cores,
+        info.mem_bw_bytes_per_second * cores,
+        info.hbm_capacity_bytes * cores,
+    )
+
+
+def apart(function: Callable, *args):
+    """The result of a function that runs in a process of its own: compilations take gigabytes."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *args).result()
+
+
+@dataclasses.dataclass(frozen=True)
 class Cost:
     """Cycles of a compiled program outside of Pallas kernels."""
 
@@ -92,38 +142,17 @@ class Cost:
 
 def cost(compiled: jax.stages.Compiled, folder: Path | None) -> Cost:
     """Adds up a program whose bundles are in `folder` (`None`: gathers are left out); loops times their trip counts."""
-    computations: dict[str, list[str]] = {}
-    entry = name = ""
-    for line in (compiled.as_text() or "").splitlines():
-        if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", line):
-            name = header[2]
-            entry = name if header[1] else entry
-            computations[name] = []
-        elif name:
-            computations[name].append(line)
-
-    def of(computation: str) -> Cost:
-        total = Cost()
-        for line in computations[computation]:
-            instruction = re.match(r"\s*(?:ROOT )?%([\w.\-]+) = .*? ([\w\-]+)\(", line)
-            if instruction is None:
-                continue
-            label, operation = instruction.groups()
-            if operation == "while":
-                total += of(_attribute(line, "body")).times(_trips(computations[_attribute(line, "condition")]))
-            elif operation in ("call", "conditional"):
-                total += of(_attribute(line, "to_apply|true_computation"))
-            elif estimate := re.search(r'"estimated_cycles":"?(\d+)', line):
-                total += Cost(cycles=int(estimate[1]))
-            elif operation == "fusion" and any(
-                re.search(r" (gather|scatter)\(", inner) for inner in computations[_attribute(line, "calls")]
-            ):
-                total += Cost(gathers=issued(bundles(folder, label)) if folder else 0)
-            elif operation in ("sort", "scatter", "gather"):
-                total += Cost(unknown=1)
-        return total
-
-    return of(entry)
+    total = Cost()
+    for operation in Program(compiled.as_text() or "").operations:
+        if operation.cycles is not None:
+            total += Cost(cycles=operation.cycles * operation.runs)
+        elif operation.gathers:
+            total += Cost(
+                gathers=operation.runs * issued(bundles(folder, operation.instruction.label)) if folder else 0
+            )
+        elif operation.instruction.opcode in ("sort", "scatter", "gather"):
+            total += Cost(unknown=operation.runs)
+    return total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,15 +216,3 @@ def issued(bundles: list[Bundle]) -> int:
         if bundle.depth == 1 and bundle.trips:
             total, inside = total + inside * bundle.trips, 0
     return total + inside
-
-
-def _attribute(line: str, name: str) -> str:
-    match = re.search(rf"(?:{name})=%?([\w.\-]+)", line)
-    assert match, line
-    return match[1]
-
-
-def _trips(condition: list[str]) -> int:
-    """Of a loop that counts from 0: the constant that its condition compares with."""
-    constants = [int(match[1]) for line in condition if (match := re.search(r" constant\((\d+)\)", line))]
-    return max(constants, default=1)

@@ -84,6 +84,7 @@ class Resampling(Protocol):
     only_flip: bool
 
 
+@jax.named_scope("resampling")
 def resample_batch(
     batch: Mapping[str, jax.Array], bucket: tuple[int, int], sampler: Resampling, data: DataConfig
 ) -> jax.Array:

@@ -37,6 +37,7 @@ class EncoderLayer(nnx.Module):
         self.norm1, self.norm2 = (layer_norm(c, dtype=dtype, rngs=rngs) for _ in range(2))
         self.dropout = Dropout(config.dropout)
 
+    @jax.named_scope("encoder_layer")
     def __call__(self, tokens: Tokens, position, reference_points, rngs) -> Tokens:
         """`position [b, s, c]`, `reference_points [b, s, l, 2]`, both in the order of the tokens."""
         x = tokens.features
@@ -57,6 +58,7 @@ class DecoderLayer(nnx.Module):
         self.norm1, self.norm2, self.norm3 = (layer_norm(c, dtype=dtype, rngs=rngs) for _ in range(3))
         self.dropout = Dropout(config.dropout)
 
+    @jax.named_scope("decoder_layer")
     def __call__(self, x, query_position, reference_points, memory: Tokens, rngs, *, visible=None):
         """`x`, `query_position [b, q, c]`, `reference_points [b, q, l, 2 or 4]` -> `[b, q, c]`."""
         query = x + query_position
@@ -80,6 +82,7 @@ class InputProjection(nnx.Module):
         self.norm = GroupNorm(config.hidden_dim)
         self.stride = stride
 
+    @jax.named_scope("input_proj")
     def __call__(self, x: jax.Array, valid: jax.Array | None) -> jax.Array:
         return self.norm(self.conv(x), valid)
 
@@ -96,6 +99,7 @@ class Proposals(nnx.Module):
         self.position = linear(2 * c, 2 * c, kernel_init=xavier, dtype=dtype, rngs=rngs)
         self.position_norm = layer_norm(2 * c, dtype=dtype, rngs=rngs)
 
+    @jax.named_scope("proposals")
     def __call__(self, memory, valid, valid_maps, class_embed, bbox_embed):
         """The proposals of all tokens (`enc_outputs`) and, for the best `q`, boxes, query position and target."""
         usable, anchors = token_anchors(memory, valid, valid_maps, self.num_queries)
@@ -132,6 +136,7 @@ class MultiScaleEncoder(nnx.Module):
         """Position encoding of a level, `[b, h, w]` -> `[b, h, w, c]`."""
         return sine_map(valid, self.config.hidden_dim, half_pixel=True)
 
+    @jax.named_scope("encoder")
     def encode(
         self, images: jax.Array, sizes: jax.Array, rngs: nnx.Rngs | None
     ) -> tuple[Tokens, list[jax.Array], jax.Array]:
@@ -253,11 +258,12 @@ class DeformableDETR(MultiScaleEncoder):
             reference_points = reference[:, :, None] * ratios[:, None]
             x = layer(x, query_position, reference_points, memory, rngs)
             head = i if self.config.box_refinement else 0
-            features = x.astype(jnp.float32)
-            offset = inverse_sigmoid(reference)
-            offset = jnp.pad(offset, ((0, 0), (0, 0), (0, 4 - offset.shape[-1])))
-            logits.append(self.class_embed[head](features))
-            boxes.append(jax.nn.sigmoid(self.bbox_embed[head](features) + offset))
+            with jax.named_scope("heads"):
+                features = x.astype(jnp.float32)
+                offset = inverse_sigmoid(reference)
+                offset = jnp.pad(offset, ((0, 0), (0, 0), (0, 4 - offset.shape[-1])))
+                logits.append(self.class_embed[head](features))
+                boxes.append(jax.nn.sigmoid(self.bbox_embed[head](features) + offset))
             if self.config.box_refinement:
                 reference = jax.lax.stop_gradient(boxes[-1])
         return outputs | {

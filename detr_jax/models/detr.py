@@ -23,6 +23,7 @@ class EncoderLayer(nnx.Module):
         self.norm1, self.norm2 = (layer_norm(c, dtype=dtype, rngs=rngs) for _ in range(2))
         self.dropout = Dropout(config.dropout)
 
+    @jax.named_scope("encoder_layer")
     def __call__(self, x, position, valid, rngs):
         y = self.norm1(x) if self.pre_norm else x
         key = y + position
@@ -44,6 +45,7 @@ class DecoderLayer(nnx.Module):
         self.norm1, self.norm2, self.norm3 = (layer_norm(c, dtype=dtype, rngs=rngs) for _ in range(3))
         self.dropout = Dropout(config.dropout)
 
+    @jax.named_scope("decoder_layer")
     def __call__(self, x, query_position, memory, position, valid, rngs):
         y = self.norm1(x) if self.pre_norm else x
         query = y + query_position
@@ -101,14 +103,16 @@ class DETR(nnx.Module):
         for layer in self.decoder:
             x = layer(x, query_position, memory, position, valid, rngs)
             hidden.append(self.decoder_norm(x))
-        hidden = jnp.stack(hidden).astype(jnp.float32)
-        logits, boxes = self.class_embed(hidden), jax.nn.sigmoid(self.bbox_embed(hidden))
+        with jax.named_scope("heads"):
+            hidden = jnp.stack(hidden).astype(jnp.float32)
+            logits, boxes = self.class_embed(hidden), jax.nn.sigmoid(self.bbox_embed(hidden))
         return {
             "pred_logits": logits[-1],
             "pred_boxes": boxes[-1],
             "aux_outputs": {"pred_logits": logits[:-1], "pred_boxes": boxes[:-1]},
         }
 
+    @jax.named_scope("encoder")
     def encode(
         self, images: jax.Array, sizes: jax.Array, rngs: nnx.Rngs | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -34,6 +34,7 @@ class QuerySelection(nnx.Module):
         self.output = linear(c, c, kernel_init=nnx.initializers.xavier_uniform(), dtype=dtype, rngs=rngs)
         self.output_norm = layer_norm(c, dtype=dtype, rngs=rngs)
 
+    @jax.named_scope("proposals")
     def __call__(self, memory, valid, valid_maps, class_embed, bbox_embed):
         """The proposals that become queries, best first: `pred_logits [b, q, k]` and `pred_boxes [b, q, 4]`.
 
@@ -143,11 +144,12 @@ class DINO(MultiScaleEncoder):
             x = layer(x, query_position, reference_points, memory, rngs, visible=sees)
             head = 0 if config.shared_heads else i
             bbox_embed = self.bbox_embed[head]
-            features = self.decoder_norm(x).astype(jnp.float32)
-            logits.append(self.class_embed[head](features))
-            boxes.append(jax.nn.sigmoid(bbox_embed(features) + inverse_sigmoid(reference, EPSILON)))
-            # The next layer looks around the box of the features as they are; the heads see them normalized.
-            refined = jax.nn.sigmoid(bbox_embed(x.astype(jnp.float32)) + inverse_sigmoid(detached, EPSILON))
+            with jax.named_scope("heads"):
+                features = self.decoder_norm(x).astype(jnp.float32)
+                logits.append(self.class_embed[head](features))
+                boxes.append(jax.nn.sigmoid(bbox_embed(features) + inverse_sigmoid(reference, EPSILON)))
+                # The next layer looks around the box of the features as they are; the heads see them normalized.
+                refined = jax.nn.sigmoid(bbox_embed(x.astype(jnp.float32)) + inverse_sigmoid(detached, EPSILON))
             detached = jax.lax.stop_gradient(refined)
             reference = refined if config.look_forward_twice else detached
         if denoising is not None:

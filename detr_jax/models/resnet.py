@@ -97,6 +97,7 @@ class ResNet(nnx.Module):
         self.stages = nnx.List(stages)
         self.channels = tuple(channels)
 
+    @jax.named_scope("backbone")
     def __call__(self, images: jax.Array, sizes: jax.Array) -> list[jax.Array]:
         """Feature maps of the four stages.
 
@@ -110,19 +111,21 @@ class ResNet(nnx.Module):
         def valid_at(x):
             return valid_cells(sizes, x.shape[1:3], stride) if self.config.mask_padding else None
 
-        x = self.stem_conv(zero_padding(images, valid_at(images)))
-        stride = 2
-        x = nnx.relu(self.stem_norm(x, valid_at(x)))
-        x = zero_padding(x, valid_at(x))
-        x = max_pool(x)
-        stride = 4
-        x = zero_padding(x, valid_at(x))
+        with jax.named_scope("stem"):
+            x = self.stem_conv(zero_padding(images, valid_at(images)))
+            stride = 2
+            x = nnx.relu(self.stem_norm(x, valid_at(x)))
+            x = zero_padding(x, valid_at(x))
+            x = max_pool(x)
+            stride = 4
+            x = zero_padding(x, valid_at(x))
         maps = []
-        for stage in self.stages:
-            for block in stage:
-                valid_in = valid_at(x)
-                stride *= block.stride
-                valid_out = valid_at(x[:, :: block.stride, :: block.stride])
-                x = block(x, valid_in, valid_out)
+        for i, stage in enumerate(self.stages):
+            with jax.named_scope(f"stage_{i + 1}"):
+                for block in stage:
+                    valid_in = valid_at(x)
+                    stride *= block.stride
+                    valid_out = valid_at(x[:, :: block.stride, :: block.stride])
+                    x = block(x, valid_in, valid_out)
             maps.append(x)
         return maps

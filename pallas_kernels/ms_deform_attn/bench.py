@@ -264,6 +264,21 @@ def visits(shape: Shape, spread: float) -> np.ndarray:
     return np.asarray((end - first).sum(-1))
 
 
+def layer_bundles(shape: Shape, generation: str, implementation: str, spread: float) -> tuple[float, float]:
+    """Bundles of gathers and of kernels in one bfloat16 layer, forward and backward.
+
+    Call it in a process that compiles nothing else (`ahead_of_time.apart`): libtpu writes the bundles of all that a
+    process compiles, or of none.
+    """
+    ahead_of_time.require_libtpu()
+    with tempfile.TemporaryDirectory() as folder:
+        ahead_of_time.dump_bundles(Path(folder))
+        costs = static_costs(shape, jnp.dtype("bfloat16"), generation, implementation, Path(folder))
+    units = visits(shape, spread) if implementation == "tensorcore" else np.zeros(0)
+    kernels = sum(count.total(shape, units, part) for part, (_, counts) in costs.items() for count in counts.values())
+    return sum(cost.gathers for cost, _ in costs.values()), kernels
+
+
 def iterations(units: np.ndarray, part: str) -> int:
     """Of the inner loop of the kernel of a pass (`forward`, `backward`), for all tiles."""
     return int((-(-units // UNROLL[part])).sum())

@@ -11,11 +11,14 @@ HLO = """\
 HloModule jit_f
 
 %gathered.1 (p: f32[8], i: s32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %i = s32[8]{0} parameter(1)
   ROOT %g.1 = f32[8]{0} gather(%p, %i), offset_dims={}
 }
 
 %body.1 (t: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %add.1 = f32[8]{0} add(%x, %y), backend_config={"window_config":{"estimated_cycles":"5"}}
+  %x = f32[8]{0} get-tuple-element(%t), index=1
+  %add.1 = f32[8]{0} add(%x, %x), backend_config={"window_config":{"estimated_cycles":"5"}}
   ROOT %gather_fusion.7 = f32[8]{0} fusion(%add.1, %i), kind=kCustom, calls=%gathered.1
 }
 
@@ -25,6 +28,7 @@ HloModule jit_f
 }
 
 ENTRY %main.1 (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
   %copy.1 = f32[8]{0} copy(%a), backend_config={"window_config":{"estimated_cycles":"100"}}
   %while.1 = (s32[], f32[8]{0}) while(%copy.1), condition=%condition.1, body=%body.1
   %sort.1 = f32[8]{0} sort(%copy.1), dimensions={0}
