@@ -535,7 +535,8 @@ def plan(argv: Sequence[str]) -> None:
     options = parse_plan(argv)
     if not options.topology.startswith("gpu"):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no accelerator is needed, so none is taken
-    from detr_jax.plan import plan, table
+    from detr_jax.plan import plan
+    from detr_jax.plan_report import table
 
     result = plan(
         options.run,

@@ -41,6 +41,13 @@ ONE_HUNDRED = "tests/detr_jax/test_published.py::test_a_hundred_detections_per_i
 DETACHED = "tests/detr_jax/models/test_detached.py"
 
 MUTANTS = [
+    Mutant(
+        "what is in a loop counts once",
+        "pallas_kernels/compiled_program.py",
+        "runs * _trips(self.computations[condition])",
+        "runs",
+        "tests/pallas_kernels/test_compiled_program.py",
+    ),
     # Imports.
     *(
         Mutant(

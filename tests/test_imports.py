@@ -48,8 +48,9 @@ ALLOWED = {
         "metric_writer", "processes", "resuming", "run_folder", "scoring", "sharding", "stall", "train_step",
     },
     "plan": {
-        "config", "data", "denoising", "errors", "pallas_kernels", "sharding", "train_step", "training",
+        "config", "data", "denoising", "errors", "pallas_kernels", "plan_report", "sharding", "train_step", "training",
     },
+    "plan_report": set(),
     "export_standalone": {"data", "errors"},
     "export": {"checkpoints", "config", "data", "errors", "export_standalone", "models", "postprocess"},
     "surgery": BASE | {"checkpoints", "data", "models", "postprocess"},
@@ -58,7 +59,7 @@ ALLOWED = {
     },
     "cli": {
         "categories", "checkpoints", "config", "data", "detector", "drawing", "errors", "evaluation", "export",
-        "plan", "postprocess", "processes", "stall", "surgery", "training", "visualize",
+        "plan", "plan_report", "postprocess", "processes", "stall", "surgery", "training", "visualize",
     },
     "": {"detector", "checkpoints"},
     "pallas_kernels": set(),

@@ -8,7 +8,7 @@ import jax
 import pytest
 import tiny
 
-from detr_jax import cli, plan, sharding
+from detr_jax import cli, plan, plan_report, sharding
 from detr_jax.config import DataConfig, DeformableDETRConfig, DINOConfig
 from detr_jax.data.sampler import TrainSampler
 from detr_jax.errors import UserError
@@ -110,9 +110,9 @@ def test_hours_and_largest_batch():
     """Buckets that were not compiled count by their pixels, here half as many; memory grows by a line."""
 
     def step(batch_size, temporary):
-        memory = plan.Memory(10, 20, 0, batch_size, temporary, 5)
-        ms = plan.Milliseconds(80.0, 15.0, 5.0)
-        return plan.StepPlan(
+        memory = plan_report.Memory(10, 20, 0, batch_size, temporary, 5)
+        ms = plan_report.Milliseconds(80.0, 15.0, 5.0)
+        return plan_report.StepPlan(
             batch_size,
             "bfloat16",
             (64, 64),
@@ -130,7 +130,7 @@ def test_hours_and_largest_batch():
         )
 
     small, large = step(16, 160), step(32, 320)
-    result = plan.Plan("v5e:4x4", 16, 16, 1000, 3200, "", 50, (small, large))
+    result = plan_report.Plan("v5e:4x4", 16, 16, 1000, 3200, "", 50, (small, large))
     assert result.chip_hours_per_epoch([large]) == pytest.approx((0.25 + 0.75 / 2) * 100 * 0.1 / 3600 * 16)
-    assert plan.largest_batch(small, large, 1000, 16) == 80  # (1000 - 35) / 11 = 87
-    assert any("about 80" in line for line in plan.table(result))
+    assert plan_report.largest_batch(small, large, 1000, 16) == 80  # (1000 - 35) / 11 = 87
+    assert any("about 80" in line for line in plan_report.table(result))
