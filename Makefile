@@ -40,7 +40,7 @@ test-slow: $(VENV)/.installed-test
 # The TPU kernels, compiled for five generations of TPUs that this machine does not have.
 test-aot: $(VENV)/.installed-test
 	$(BIN)/pip install --quiet --editable '.[tpu]'
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow tests/pallas_kernels
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow tests/pallas_kernels tests/detr_jax/test_plan.py
 
 # Changes to the code that a test must notice, one by one.
 mutants: $(VENV)/.installed-test

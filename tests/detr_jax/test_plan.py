@@ -134,3 +134,14 @@ def test_hours_and_largest_batch():
     assert result.chip_hours_per_epoch([large]) == pytest.approx((0.25 + 0.75 / 2) * 100 * 0.1 / 3600 * 16)
     assert plan_report.largest_batch(small, large, 1000, 16) == 80  # (1000 - 35) / 11 = 87
     assert any("about 80" in line for line in plan_report.table(result))
+
+
+@pytest.mark.slow
+def test_a_slice_of_tpus(config):
+    """With libtpu (`make test-aot`): the step fits, takes time, and its chips exchange nothing but gradients."""
+    pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu: make test-aot")
+    (step,) = plan.plan(config, "v5e:2x2", dtypes=("bfloat16",)).steps
+    assert step.fits and step.memory and step.ms and step.mfu
+    assert step.memory.total < 2**30 and 0 < step.mfu < 1
+    assert min(step.ms.xla, step.ms.kernels, step.ms.communication) > 0
+    assert {z.kind for z in step.communication} == {"all-reduce"}
