@@ -131,7 +131,7 @@ class Program:
         for operation in self.operations:
             kind = operation.instruction.opcode.removesuffix("-start")
             if kind in COLLECTIVES and not re.search(
-                r"replica_groups=\{(\{\d+\},?)*\}[,\s]", operation.instruction.line
+                r"replica_groups=\{(\{\d+\},?)+\}[,\s]", operation.instruction.line
             ):
                 found.append(
                     Collective(
