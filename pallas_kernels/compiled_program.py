@@ -129,24 +129,13 @@ class Program:
         """Between more than one device."""
         found = []
         for operation in self.operations:
-            kind = operation.instruction.opcode.removesuffix("-start")
-            if kind in COLLECTIVES and not re.search(
-                r"replica_groups=\{(\{\d+\},?)+\}[,\s]", operation.instruction.line
-            ):
-                found.append(
-                    Collective(
-                        kind,
-                        sum(math.prod(s.dims) * _bits(s.dtype) // 8 for s in self._operand_shapes(operation)),
-                        operation.runs,
-                        operation.scopes,
-                        operation.source,
-                    )
-                )
+            for z in (operation.instruction, *self._inner(operation.instruction)):
+                kind = z.opcode.removesuffix("-start")
+                if kind in COLLECTIVES and not re.search(r"replica_groups=\{(\{\d+\},?)+\}[,\s]", z.line):
+                    shapes = [shape for label in z.operands for shape in self._by_label[label].shapes]
+                    size = sum(math.prod(shape.dims) * _bits(shape.dtype) // 8 for shape in shapes)
+                    found.append(Collective(kind, size, operation.runs, operation.scopes, operation.source))
         return found
-
-    def _operand_shapes(self, operation: Operation) -> list[Shape]:
-        by_label = self._by_label
-        return [shape for label in operation.instruction.operands for shape in by_label[label].shapes]
 
     @functools.cached_property
     def _by_label(self) -> dict[str, Instruction]:
