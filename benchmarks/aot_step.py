@@ -15,10 +15,11 @@ leaves out): sorts, and waiting. The matching's loops, whose length depends on t
 are the attention's, of layers that are compiled once more, each for itself. The kernels' share assumes offsets that
 spread by 2 pixels.
 
-The second form, for the first implementation, lists the parts of the step and its most expensive operations, with the
-line of the source that made them. `FLOP` and `HBM` are the time that the operation's products and its traffic with the
-main memory would need at the chip's published peaks, as a share of the estimate: near 100 % it cannot be made faster
-without doing less. Kernels have no estimate, and are not in it.
+The second form, for the first implementation, lists the parts of the step and its most expensive operations, those of
+equal layers together, with the line of the source that made them. `FLOP` and `HBM` are the time that an operation's
+products and its traffic with the main memory would need at the chip's published peaks, as a share of the estimate:
+near 100 % it cannot be made faster without doing less. `compiler` is what no line of the source asked for; among that,
+copies between the chip's memories that run beside other work have bytes, but no estimate. Kernels have none either.
 """
 
 import argparse
@@ -153,16 +154,20 @@ def tables(operations: Sequence[Operation], generation: str, top: int) -> Iterat
             f"{size / 1e9:.1f} | {shares(time, flops, size)} |"
         )
     yield ""
+    alike = defaultdict(list)  # such as those of the six layers
+    for operation in operations:
+        shape = operation.instruction.shapes[0] if operation.instruction.shapes else None
+        result = f"{shape.dtype}[{','.join(map(str, shape.dims))}]" if shape else ""
+        part = part_of(operation) + (", backward" if operation.backward else "")
+        alike[operation.instruction.opcode, result, part, operation.source].append(operation)
     yield "| ms | runs | operation | result | part | source | MB | FLOP | HBM |"
     yield "|---|---|---|---|---|---|---|---|---|"
-    for operation in sorted(operations, key=ms, reverse=True)[:top]:
-        time, runs = ms(operation), operation.runs
-        shape = operation.instruction.shapes[0]
-        result = f"{shape.dtype}[{','.join(map(str, shape.dims))}]"
-        part = part_of(operation) + (", backward" if operation.backward else "")
+    for (opcode, result, part, source), group in sorted(alike.items(), key=lambda item: -sum(map(ms, item[1])))[:top]:
+        time, runs = sum(map(ms, group)), sum(z.runs for z in group)
+        flops, size = sum(z.flops * z.runs for z in group), sum(z.bytes * z.runs for z in group)
         yield (
-            f"| {time:.2f} | {runs} | {operation.instruction.opcode} | `{result}` | {part} | {operation.source} | "
-            f"{operation.bytes * runs / 1e6:.0f} | {shares(time, operation.flops * runs, operation.bytes * runs)} |"
+            f"| {time:.2f} | {runs} | {opcode} | `{result}` | {part} | {source} | {size / 1e6:.0f} | "
+            f"{shares(time, flops, size)} |"
         )
 
 

@@ -160,7 +160,10 @@ class Program:
     def _operation(self, instruction: Instruction, runs: int) -> Operation:
         estimate = re.search(r'"estimated_cycles":"?(\d+)', instruction.line)
         inner = self._inner(instruction)
-        name = re.search(r'op_name="([^"]*)"', instruction.line)
+        # What a fusion does is best said by its product; where the compiler made it, by what it was made from.
+        products = [z for z in inner if z.opcode in ("dot", "convolution")]
+        named = [z.line for z in (*products, instruction, *reversed(inner)) if "op_name=" in z.line]
+        name = re.search(r'op_name="([^"]*)"', named[0]) if named else None
         return Operation(
             instruction,
             runs,
@@ -172,7 +175,7 @@ class Program:
             sum(self._flops(z) for z in (instruction, *inner)),
             scopes(name[1]) if name else (),
             name is not None and "transpose(" in name[1],
-            self._source(instruction.line),
+            next(filter(None, map(self._source, named)), ""),
         )
 
     def _inner(self, instruction: Instruction) -> list[Instruction]:
@@ -207,8 +210,10 @@ class Program:
             shapes = [shape for shape in self._by_label[label].shapes if not shape.on_chip]
             whole = sum(shape.stored_bytes for shape in shapes)
             total += min(whole, slices.get(number, whole))
-        if instruction.opcode == "copy-start":  # its results are the copy and what it copies
-            total = sum(shape.stored_bytes for shape in instruction.shapes[:2] if not shape.on_chip)
+        if instruction.opcode in ("copy-start", "slice-start"):  # results are the copy, its source, and more
+            copied = instruction.shapes[:2]
+            size = min(shape.stored_bytes for shape in copied)
+            total = size * sum(not shape.on_chip for shape in copied)
         return total
 
     def _flops(self, instruction: Instruction) -> int:
