@@ -24,7 +24,13 @@ config = Config(
         root="tests/data/bccd", scales=(240,), max_size=320, crop=False, eval_scale=240, max_source_side=320, cache=True
     ),
     optim=OptimConfig(
-        lr=4e-4, backbone_lr_factor=1.0, offsets_lr_factor=1.0, warmup_steps=50, drop_at=0.7, ema_decay=0.99
+        lr=4e-4,
+        lr_batch_size=2,
+        backbone_lr_factor=1.0,
+        offsets_lr_factor=1.0,
+        warmup_steps=50,
+        drop_at=0.7,
+        ema_decay=0.99,
     ),
     train=TrainConfig(
         output_dir="runs/bccd", batch_size=2, epochs=11, log_every=25, eval_every=4, checkpoint_every=200

@@ -12,6 +12,6 @@ from detr_jax.config import Config, DETRConfig, LossConfig, OptimConfig, TrainCo
 config = Config(
     model=DETRConfig.r50_dc5(),
     loss=LossConfig.detr(),
-    optim=OptimConfig(lr=1e-4),
+    optim=OptimConfig(lr=1e-4, lr_batch_size=64),
     train=TrainConfig(output_dir="runs/detr_r50_dc5", batch_size=64, epochs=500),
 )

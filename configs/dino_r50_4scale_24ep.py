@@ -13,6 +13,6 @@ from detr_jax.config import Config, DINOConfig, LossConfig, OptimConfig, TrainCo
 config = Config(
     model=DINOConfig.r50_4scale(),
     loss=LossConfig.dino(),
-    optim=OptimConfig(lr=1e-4, offsets_lr_factor=1.0, drop_at=20 / 24),
+    optim=OptimConfig(lr=1e-4, lr_batch_size=16, offsets_lr_factor=1.0, drop_at=20 / 24),
     train=TrainConfig(output_dir="runs/dino_r50_4scale_24ep", batch_size=16, epochs=24),
 )

@@ -13,6 +13,6 @@ from detr_jax.config import Config, DINOConfig, LossConfig, OptimConfig, TrainCo
 config = Config(
     model=DINOConfig.r50_5scale(),
     loss=LossConfig.dino(),
-    optim=OptimConfig(lr=1e-4, offsets_lr_factor=1.0, drop_at=11 / 12),
+    optim=OptimConfig(lr=1e-4, lr_batch_size=16, offsets_lr_factor=1.0, drop_at=11 / 12),
     train=TrainConfig(output_dir="runs/dino_r50_5scale_12ep", batch_size=16, epochs=12),
 )

@@ -14,6 +14,6 @@ from detr_jax.config import Config, DINOConfig, LossConfig, OptimConfig, TrainCo
 config = Config(
     model=DINOConfig.dn_deformable_r50(),
     loss=LossConfig.dino(),
-    optim=OptimConfig(lr=1e-4, offsets_lr_factor=1.0, drop_at=11 / 12),
+    optim=OptimConfig(lr=1e-4, lr_batch_size=16, offsets_lr_factor=1.0, drop_at=11 / 12),
     train=TrainConfig(output_dir="runs/dn_deformable_detr_r50_12ep", batch_size=16, epochs=12),
 )

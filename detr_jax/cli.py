@@ -469,7 +469,8 @@ def train(argv: Sequence[str]) -> None:
     config = parse_train(argv, "detr-jax train")
     from detr_jax.training import train
 
-    train(config)
+    if train(config) is None and config.train.interrupted_status:
+        sys.exit(config.train.interrupted_status)
 
 
 def evaluate(argv: Sequence[str]) -> None:

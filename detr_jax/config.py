@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 from detr_jax.errors import UserError
 
 Dtype = Literal["float32", "bfloat16"]
+Remat = Literal["none", "layers", "all"]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet's red, green and blue in 0-1: what images are normalized with."""
 
@@ -109,6 +110,9 @@ class TransformerConfig:
     """Detections per image: the best pairs of a query and a class. (Softmax classifiers give one for each query.)"""
     dtype: Dtype = "float32"
     """Compute type; parameters, coordinates and losses stay float32."""
+    remat: Remat = "none"
+    """What is computed again in the backward pass instead of kept: `layers`, the inside of each encoder and decoder
+    layer; `all`, that of the backbone's blocks too. Same results, less memory, more time."""
     tune: TuneConfig = TuneConfig()
     """What of it is trained."""
 
@@ -473,6 +477,10 @@ class OptimConfig:
 
     lr: float = 2e-4
     """Learning rate of the transformer and the heads."""
+    lr_batch_size: int = 32
+    """The global batch that `lr` is for."""
+    lr_scaling: Literal["none", "sqrt", "linear"] = "none"
+    """With another `train.batch_size`, `lr` is multiplied by the square root of the ratio, or by the ratio."""
     backbone_lr_factor: float = 0.1
     """The backbone's learning rate, relative to `lr`."""
     offsets_lr_factor: float = 0.1
@@ -492,12 +500,25 @@ class OptimConfig:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            _check_at_least(0, f"optim.{field.name}", getattr(self, field.name))
+            if field.name != "lr_scaling":
+                least = 1 if field.name == "lr_batch_size" else 0
+                _check_at_least(least, f"optim.{field.name}", getattr(self, field.name))
         for name, below in (("drop_at", self.drop_at <= 1), ("ema_decay", self.ema_decay < 1)):
             if not below:
                 raise UserError(f"optim.{name}={getattr(self, name)}: expected a share, less than 1")
         if self.clip_norm == 0:
             raise UserError("optim.clip_norm=0: expected more; it would clip every gradient to nothing")
+
+    def scaled_lr(self, batch_size: int, scaling: str) -> float:
+        """`lr` for a global batch of another size."""
+        return self.lr * (batch_size / self.lr_batch_size) ** {"none": 0.0, "sqrt": 0.5, "linear": 1.0}[scaling]
+
+    def for_batch(self, batch_size: int) -> "OptimConfig":
+        """The same with `lr` for this global batch, as `lr_scaling` says."""
+        if self.lr_scaling == "none":
+            return self
+        lr = self.scaled_lr(batch_size, self.lr_scaling)
+        return dataclasses.replace(self, lr=lr, lr_batch_size=batch_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -514,6 +535,10 @@ class TrainConfig:
     name. Classes are mapped by name; those that it does not have start anew."""
     batch_size: int = 32
     """Global batch over all devices and hosts."""
+    accumulate: int = 1
+    """Parts of each batch that go through the model one after another: as the whole batch, with less memory."""
+    fsdp: int = 1
+    """Devices that hold one copy together: parameters, moving average, optimizer's state. 1: each has all."""
     epochs: int = 50
     """Passes over the training images."""
     seed: int = 0
@@ -538,13 +563,16 @@ class TrainConfig:
     """Folder of compiled programs, for the next start; `None` is `compilation_cache` in `output_dir`."""
     profile_steps: str | None = None
     """Trace these steps, such as `10:15` (without the last one), into `output_dir/profile`."""
+    interrupted_status: int = 0
+    """Exit status after SIGTERM or Ctrl-C. A Kubernetes Job takes 0 for finished: give it another one, such as 143."""
     storage_timeout: float = 300.0
     """Seconds without an answer from storage (images, checkpoints) that end the run; a warning comes after a fifth."""
 
     def __post_init__(self):
-        for name in ("batch_size", "epochs", "log_every", "checkpoint_every", "keep_last", "max_steps"):
+        counts = ("batch_size", "accumulate", "fsdp", "epochs", "log_every", "checkpoint_every", "keep_last")
+        for name in (*counts, "max_steps"):
             _check_at_least(1, f"train.{name}", getattr(self, name))
-        for name in ("seed", "eval_every", "keep_best"):
+        for name in ("seed", "eval_every", "keep_best", "interrupted_status"):
             _check_at_least(0, f"train.{name}", getattr(self, name))
 
 

@@ -57,6 +57,10 @@ class DenoisingQueries(NamedTuple):
     """int32 []: how many groups there are."""
 
 
+PER_IMAGE = ("labels", "boxes_cxcywh", "real")
+"""The fields of `DenoisingQueries` that have a row per image."""
+
+
 def num_slots(config: DINOConfig, max_boxes: int) -> int:
     """Slots per image: for the denoising queries, or for one group of the data set's largest image where that is more.
 

@@ -18,8 +18,11 @@ def set_prediction_loss(
     targets: Mapping[str, Any],
     config: LossConfig,
     denoising: DenoisingQueries | None = None,
+    whole: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Classification, L1 and GIoU losses of a whole (global) batch, over every supervised layer with its own matching.
+
+    Or of a part of it: the results of equal parts add up to those of the whole batch.
 
     The terms have the names and the definitions of the official criteria, before weighting:
 
@@ -49,6 +52,7 @@ def set_prediction_loss(
       targets: boxes_cxcywh [b, t, 4], labels [b, t], num_boxes [b]; rows from num_boxes on are padding.
       config: weights of the losses and of the matching.
       denoising: the queries that dn_outputs come from.
+      whole: num_boxes [B] of the whole batch, where outputs and targets are those of a part of it.
 
     Returns:
       The weighted sum, and the unweighted terms: float32 scalars. A layer that cannot be matched, because a prediction
@@ -56,9 +60,11 @@ def set_prediction_loss(
     """
     decoder_indices, encoder_indices = match(outputs, targets, config)
     boxes, labels, num_boxes = targets["boxes_cxcywh"], targets["labels"], targets["num_boxes"]
+    whole = num_boxes if whole is None else whole
 
     def layer_terms(layer, labels, indices):
-        return _layer_terms(layer["pred_logits"], layer["pred_boxes"], labels, boxes, num_boxes, indices, config)
+        predictions = layer["pred_logits"], layer["pred_boxes"]
+        return _layer_terms(*predictions, labels, boxes, num_boxes, whole, indices, config)
 
     layers = stack_layers(outputs, config)
     decoder = jax.vmap(layer_terms, in_axes=(0, None, 0))(layers, labels, decoder_indices)
@@ -72,7 +78,7 @@ def set_prediction_loss(
         terms |= {f"{name}_enc": value for name, value in encoder.items() if name != "class_error"}
 
     if denoising is not None:
-        terms |= denoising_terms(outputs["dn_outputs"], denoising, targets, config)
+        terms |= denoising_terms(outputs["dn_outputs"], denoising, targets, config, whole)
 
     weights = {"loss_ce": config.class_weight, "loss_bbox": config.l1_weight, "loss_giou": config.giou_weight}
     total = jnp.float32(0)
@@ -81,11 +87,12 @@ def set_prediction_loss(
     return total, terms
 
 
-def _layer_terms(pred_logits, pred_boxes, labels, boxes_cxcywh, num_boxes, indices, config):
-    """The terms of one layer: [b, q, k], [b, q, 4], [b, t], [b, t, 4], [b], [b, t] -> dict of scalars."""
+def _layer_terms(pred_logits, pred_boxes, labels, boxes_cxcywh, num_boxes, whole, indices, config):
+    """The terms of one layer: [b, q, k], [b, q, 4], [b, t], [b, t, 4], [b], [B], [b, t] -> dict of scalars."""
     logits, pred_boxes, boxes = (jnp.asarray(x, jnp.float32) for x in (pred_logits, pred_boxes, boxes_cxcywh))
     _, q, k = logits.shape
-    total_boxes = jnp.maximum(jnp.sum(num_boxes), 1).astype(jnp.float32)
+    total_boxes = jnp.maximum(jnp.sum(whole), 1).astype(jnp.float32)
+    total_matched = jnp.sum(jnp.minimum(whole, q))
     matched = indices >= 0
     # NaN if any image has fewer matches than it must have: `match` refuses costs that are not finite.
     unmatchable = jnp.where(jnp.all(jnp.sum(matched, axis=-1) == jnp.minimum(num_boxes, q)), 0.0, jnp.nan)
@@ -101,7 +108,8 @@ def _layer_terms(pred_logits, pred_boxes, labels, boxes_cxcywh, num_boxes, indic
         query_labels = jnp.minimum(query_labels, k - 1)
         nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), query_labels[..., None], axis=-1)[..., 0]
         weight = jnp.where(query_labels == k - 1, config.no_object_weight, 1.0)
-        loss_ce = jnp.sum(weight * nll) / jnp.sum(weight)
+        unmatched = len(whole) * q - total_matched
+        loss_ce = jnp.sum(weight * nll) / (total_matched + config.no_object_weight * unmatched)
 
     # A target without a query is compared with itself: a difference of 0, and no gradient.
     queries = jnp.where(matched, indices, 0)[..., None]
@@ -112,8 +120,8 @@ def _layer_terms(pred_logits, pred_boxes, labels, boxes_cxcywh, num_boxes, indic
 
     best = jnp.argmax(logits, axis=-1)
     correct = matched & (jnp.take_along_axis(best, queries[..., 0], axis=1) == labels)
-    class_error = 100 - 100 * jnp.sum(correct) / jnp.maximum(jnp.sum(matched), 1)
-    cardinality_error = jnp.mean(jnp.abs(jnp.sum(best != k - 1, axis=-1) - num_boxes).astype(jnp.float32))
+    class_error = 100 * len(labels) / len(whole) - 100 * jnp.sum(correct) / jnp.maximum(total_matched, 1)
+    cardinality_error = jnp.sum(jnp.abs(jnp.sum(best != k - 1, axis=-1) - num_boxes)) / len(whole)
     return {
         "loss_ce": loss_ce + unmatchable,
         "loss_bbox": loss_bbox + unmatchable,
@@ -124,7 +132,11 @@ def _layer_terms(pred_logits, pred_boxes, labels, boxes_cxcywh, num_boxes, indic
 
 
 def denoising_terms(
-    outputs: Mapping[str, jax.Array], queries: DenoisingQueries, targets: Mapping[str, Any], config: LossConfig
+    outputs: Mapping[str, jax.Array],
+    queries: DenoisingQueries,
+    targets: Mapping[str, Any],
+    config: LossConfig,
+    whole: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
     """The terms of the denoising queries (DINO, section 3.3), which need no matching.
 
@@ -137,10 +149,12 @@ def denoising_terms(
       queries: that these outputs come from.
       targets: as of `set_prediction_loss`.
       config: weights.
+      whole: as of `set_prediction_loss`.
     """
+    whole = targets["num_boxes"] if whole is None else whole
     logits, pred_boxes = (jnp.asarray(outputs[name], jnp.float32) for name in ("pred_logits", "pred_boxes"))
     labels, boxes = (targets[name][:, queries.target] for name in ("labels", "boxes_cxcywh"))
-    count = (jnp.maximum(jnp.sum(targets["num_boxes"]), 1) * queries.num_groups).astype(jnp.float32)
+    count = (jnp.maximum(jnp.sum(whole), 1) * queries.num_groups).astype(jnp.float32)
     tied = queries.real & queries.positive
     positive = tied[..., None] & (labels[..., None] == jnp.arange(logits.shape[-1]))
     focal = sigmoid_focal_loss(logits, positive, config.focal_alpha, config.focal_gamma)

@@ -12,6 +12,7 @@ import numpy as np
 
 from detr_jax.boxes import cxcywh_to_xyxy, generalized_box_iou
 from detr_jax.config import LossConfig
+from detr_jax.sharding import BATCH_AXES
 
 # Costs beyond this are no costs: sums over thousands of smaller ones are finite in float32.
 _LARGEST_COST = 1e30
@@ -24,8 +25,8 @@ def match(
     """Matches the targets with the outputs of every supervised layer, and with the encoder's tokens.
 
     Each layer is matched on its own. For the encoder (two-stage) all tokens compete and every label counts as 0. Under
-    a mesh with a "data" axis each device matches its own images: a loop that XLA partitioned would communicate in
-    every iteration. No gradient flows through the matching.
+    a mesh with the axes of `sharding.BATCH_AXES` each device matches its own images: a loop that XLA partitioned would
+    communicate in every iteration. No gradient flows through the matching.
 
     Args:
       outputs: the model's: pred_logits [b, q, k], pred_boxes [b, q, 4]; optionally aux_outputs (the same, stacked to
@@ -50,9 +51,10 @@ def match(
         return decoder_indices, _match_each(encoder, boxes_cxcywh, jnp.zeros_like(labels), num_boxes, config)[0]
 
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.shape.get("data", 1) > 1 and "data" not in mesh.manual_axes:
-        images = jax.P("data")
-        layers_of_images = jax.P(None, "data")
+    axes = tuple(name for name in BATCH_AXES if mesh.shape.get(name, 1) > 1 and name not in mesh.manual_axes)
+    if axes:
+        images = jax.P(axes)
+        layers_of_images = jax.P(None, axes)
         match_layers = jax.shard_map(
             match_layers,
             in_specs=(layers_of_images, images, images, images, images),

@@ -145,10 +145,11 @@ def plan(
     Raises:
         UserError: as `devices_of`; a batch that does not divide over the devices; no such data.
     """
-    mesh = sharding.make_mesh(devices=devices_of(topology))
+    mesh = sharding.make_mesh(devices=devices_of(topology), fsdp=config.train.fsdp)
     chips = count_chips(mesh)
     for batch_size in batch_sizes or [config.train.batch_size]:
-        sharding.host_rows(batch_size, mesh)  # raises before anything is compiled
+        # Raises before anything is compiled.
+        sharding.host_rows(batch_size, mesh, accumulate=config.train.accumulate)
     if config.data.root or config.data.tfds:
         index, data = load_split(config.data, "train"), config.data.root or str(config.data.tfds)
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=index.num_classes))

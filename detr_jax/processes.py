@@ -24,6 +24,7 @@ from detr_jax.stall import Interrupted, wait_for
 T = TypeVar("T")
 _START_SECONDS = 60  # until a process that has not arrived is named
 _HEARTBEAT_SECONDS = 30  # until a process that died is named
+_INTERRUPTED = "interrupted"
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -124,7 +125,10 @@ def share(text: str) -> list[str]:
 
 @contextlib.contextmanager
 def all_or_none() -> Iterator[None]:
-    """Around what every process does for itself: an error in one becomes an error in all, with its cause."""
+    """Around what every process does for itself: an error in one becomes an error in all, with its cause.
+
+    `Interrupted` in one is raised in all.
+    """
     problem = None
     try:
         yield
@@ -228,9 +232,10 @@ def _raise_together(problem: Exception | None) -> None:
     """Raises in all processes if one has a problem: its own, or that of the first one that has one."""
     if jax.process_count() > 1:
         mine = "" if problem is None else f"{socket.gethostname()}: {type(problem).__name__}: {problem}"
+        mine = _INTERRUPTED if isinstance(problem, Interrupted) else mine
         for number, cause in enumerate(share(mine)):
             if cause and problem is None:
-                raise ProcessError(f"process {number} on {cause}")
+                raise Interrupted if cause == _INTERRUPTED else ProcessError(f"process {number} on {cause}")
     if problem is not None:
         raise problem
 

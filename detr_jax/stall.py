@@ -2,8 +2,10 @@
 
 import errno
 import queue
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -43,3 +45,30 @@ def wait_for(
             if waited > limit / 5 and not warned:
                 warned = True
                 print(f"warning: nothing from storage for {waited:.0f} s, waiting for {what()}", flush=True)
+
+
+def call(
+    function: Callable[[], T], what: Callable[[], str], limit: float, interrupted: Callable[[], bool] = lambda: False
+) -> T:
+    """`function()`, in a thread that is left alone where it takes longer than `limit`; see `wait_for`.
+
+    Raises:
+        Others: what the function raises.
+    """
+    future: Future[T] = Future()
+    done = threading.Event()
+
+    def work() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+        done.set()
+
+    def get(seconds: float) -> None:
+        if not done.wait(seconds):
+            raise queue.Empty
+
+    threading.Thread(target=work, name="storage", daemon=True).start()
+    wait_for(get, what, limit, interrupted)
+    return future.result()

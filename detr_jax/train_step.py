@@ -18,10 +18,10 @@ from detr_jax import sharding
 from detr_jax.categories import Categories
 from detr_jax.checkpoints.convert import load_backbone
 from detr_jax.checkpoints.load import initialize_from
-from detr_jax.config import Config, DINOConfig, OptimConfig
+from detr_jax.config import Config, DINOConfig, ModelConfig, OptimConfig
 from detr_jax.data.resample import resample_batch
 from detr_jax.data.sampler import EvalSampler, TrainSampler
-from detr_jax.denoising import denoising_queries, draw_noise, num_slots
+from detr_jax.denoising import PER_IMAGE, DenoisingQueries, denoising_queries, draw_noise, num_slots
 from detr_jax.losses import set_prediction_loss
 from detr_jax.models import build
 from detr_jax.models.trainable import split
@@ -81,8 +81,8 @@ def abstract_state(
     state = jax.eval_shape(init)
     if config.optim.ema_decay:
         state["ema"] = state["params"]
-    layout = sharding.replicated(mesh)
-    return graphdef(), jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), state)
+    layout = sharding.state_layout(state, mesh)
+    return graphdef(), jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, layout)
 
 
 def init_state(
@@ -91,12 +91,12 @@ def init_state(
     mesh: jax.sharding.Mesh,
     categories: Categories | None = None,
 ) -> tuple[Model, State]:
-    """A newly initialized model and state, the same on every device.
+    """A newly initialized model and state, the same however many devices hold it.
 
     With `categories`, those of the data, it starts from the checkpoint of `train.init_from`, if any.
     """
     graphdef, init = _initializer(config, optimizer)
-    state = jax.jit(init, out_shardings=sharding.replicated(mesh))()
+    state = jax.jit(init, out_shardings=sharding.state_layout(jax.eval_shape(init), mesh))()
     if config.train.init_backbone:
         state["params"], state["buffers"], report = load_backbone(
             config.train.init_backbone, config.model.backbone, state["params"], state["buffers"]
@@ -133,35 +133,76 @@ def _initializer(
     return model, init
 
 
+def draw_denoising(config: ModelConfig, batch: Mapping[str, jax.Array], key: jax.Array) -> DenoisingQueries | None:
+    """The denoising queries of a global batch; `None` for a model without."""
+    if not isinstance(config, DINOConfig) or not config.denoising_queries:
+        return None
+    b, t = batch["labels"].shape
+    noise = draw_noise(key, b, num_slots(config, t), config.num_classes)
+    return denoising_queries(batch, noise, config)
+
+
 def loss_fn(
-    params: dict, buffers: dict, batch: Mapping[str, jax.Array], graphdef: Model, config: Config, *, pixels, key
+    params: dict,
+    buffers: dict,
+    batch: Mapping[str, jax.Array],
+    graphdef: Model,
+    config: Config,
+    *,
+    pixels: jax.Array,
+    key: jax.Array | None,
+    denoising: DenoisingQueries | None = None,
+    whole: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss of a batch and its terms.
 
-    `pixels` are the resampled images; `key` draws dropout and denoising queries (`None`: neither).
+    `pixels` are the resampled images; `key` draws dropout (`None`: none); `denoising` is of `draw_denoising`, `whole`
+    as in `set_prediction_loss`.
     """
     model = nnx.merge(graphdef, params, buffers)
-    if key is None:
-        return set_prediction_loss(model(pixels, batch["size"]), batch, config.loss)
-    if not isinstance(config.model, DINOConfig) or not config.model.denoising_queries:
-        return set_prediction_loss(model(pixels, batch["size"], rngs=nnx.Rngs(key)), batch, config.loss)
-    b, t = batch["labels"].shape
-    noise = draw_noise(key, b, num_slots(config.model, t), config.model.num_classes)
-    queries = denoising_queries(batch, noise, config.model)
-    outputs = model(pixels, batch["size"], rngs=nnx.Rngs(key), denoising=queries)
-    return set_prediction_loss(outputs, batch, config.loss, queries)
+    rngs = None if key is None else nnx.Rngs(key)
+    queries = {} if denoising is None else {"denoising": denoising}
+    outputs = model(pixels, batch["size"], rngs=rngs, **queries)
+    return set_prediction_loss(outputs, batch, config.loss, denoising, whole)
 
 
 def make_train_step(
     config: Config, graphdef: Model, optimizer: optax.GradientTransformation, sampler: TrainSampler
 ) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
-    """`step(state, batch, bucket=(H, W))` -> next state and terms; compiled once per bucket, donates `state`."""
+    """`step(state, batch, bucket=(H, W))` -> next state and terms; compiled once per bucket, donates `state`.
+
+    With `train.accumulate`, parts of the batch go through the model one after another. The gradient is that of the
+    whole batch: losses are divided by its number of boxes. Denoising queries are drawn for all of it, dropout per part.
+    """
+    count = config.train.accumulate
 
     def step(state: State, batch: dict[str, jax.Array], *, bucket: tuple[int, int]):
-        pixels = resample_batch(batch, bucket, sampler, config.data)
         key = jax.random.fold_in(jax.random.key(config.train.seed), state["step"])
-        loss = functools.partial(loss_fn, graphdef=graphdef, config=config, pixels=pixels, key=key)
-        (total, terms), grads = jax.value_and_grad(loss, has_aux=True)(state["params"], state["buffers"], batch)
+        params, buffers = sharding.gather((state["params"], state["buffers"]))
+        denoising = draw_denoising(config.model, batch, key)
+
+        def differentiate(batch, key, denoising, whole):
+            pixels = resample_batch(batch, bucket, sampler, config.data)
+            loss = functools.partial(loss_fn, graphdef=graphdef, config=config, pixels=pixels, key=key)
+            loss = functools.partial(loss, denoising=denoising, whole=whole)
+            (total, terms), grads = jax.value_and_grad(loss, has_aux=True)(params, buffers, batch)
+            return sharding.split_state(grads), terms | {"loss": total}
+
+        def add_part(grads, part):
+            number, batch, rows = part
+            queries = None if denoising is None else denoising._replace(**rows)
+            more, terms = differentiate(batch, jax.random.fold_in(key, number), queries, whole)
+            return jax.tree.map(jnp.add, grads, more), terms
+
+        if count == 1:
+            grads, terms = differentiate(batch, key, denoising, None)
+        else:
+            whole = batch["num_boxes"]
+            rows = {} if denoising is None else {name: getattr(denoising, name) for name in PER_IMAGE}
+            parts = jnp.arange(count), *sharding.micro_batches((batch, rows), count)
+            zeros = sharding.split_state(jax.tree.map(jnp.zeros_like, state["params"]))
+            grads, terms = jax.lax.scan(add_part, zeros, parts)
+            terms = jax.tree.map(lambda x: x.sum(0), terms)
         with jax.named_scope("update"):
             updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
             params = optax.apply_updates(state["params"], updates)
@@ -170,7 +211,7 @@ def make_train_step(
                 # Early on, the mean of all parameters so far: an average that has forgotten the initialization.
                 decay = jnp.minimum(config.optim.ema_decay, (1 + state["step"]) / (10 + state["step"]))
                 new["ema"] = optax.incremental_update(params, state["ema"], 1 - decay)
-            return new, terms | {"loss": total, "grad_norm": optax.tree.norm(grads)}
+            return sharding.split_state(new), terms | {"grad_norm": optax.tree.norm(grads)}
 
     return jax.jit(step, donate_argnums=0, static_argnames="bucket")
 
@@ -184,13 +225,14 @@ def make_detect_step(
     """
 
     def detect(params: dict, buffers: dict, batch: dict[str, jax.Array], *, bucket: tuple[int, int]):
-        model = nnx.merge(graphdef, params, buffers)
+        model = nnx.merge(graphdef, *sharding.gather((params, buffers)))
         outputs = model(resample_batch(batch, bucket, sampler, config.data), batch["size"])
-        return postprocess(
+        detections = postprocess(
             outputs,
             batch["orig_size"],
             classification=config.loss.classification,
             top_k=config.model.max_detections,
         )
+        return sharding.split_batch(detections)
 
     return jax.jit(detect, static_argnames="bucket")

@@ -15,10 +15,10 @@ import numpy as np
 import optax
 from etils import epath
 
-from detr_jax import compilation, processes, resuming, run_folder, sharding
+from detr_jax import compilation, processes, resuming, run_folder, sharding, stall
 from detr_jax.categories import Categories
 from detr_jax.checkpoints import describe_run, store
-from detr_jax.config import Config
+from detr_jax.config import Config, OptimConfig
 from detr_jax.curves import plot_curves
 from detr_jax.data.index import DatasetIndex
 from detr_jax.data.pipeline import batches
@@ -143,7 +143,7 @@ def train_steps(run: Run, profile: range, interrupted: Callable[[], bool]) -> Sc
         Others: as `train`.
     """
     config, metadata = run.config, describe_run(run.config, run.categories) | {"data": run.fingerprints}
-    start, saved, graphdef, state = start_or_resume(run, metadata)
+    start, saved, graphdef, state = start_or_resume(run, metadata, interrupted)
     done = start
     if jax.process_index() == 0:
         print(summary(run, state, done), flush=True)
@@ -222,15 +222,20 @@ def prepare(config: Config) -> Run:
         DataError: something is wrong with the data set.
         UserError: the batch does not divide over the devices.
     """
-    mesh = sharding.make_mesh()
-    sharding.host_rows(config.train.batch_size, mesh)  # raises before the data is read
+    mesh = sharding.make_mesh(fsdp=config.train.fsdp)
+    accumulate = config.train.accumulate
+    sharding.host_rows(config.train.batch_size, mesh, accumulate=accumulate)  # raises before the data is read
     cache = epath.Path(config.train.output_dir) / "intact_images"
     train_index = load_split(config.data, "train", cache=cache)
     categories = Categories(train_index.category_ids, train_index.category_names)
     val_index = load_split(config.data, "val", categories, cache=cache)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=train_index.num_classes))
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, num_classes=train_index.num_classes),
+        optim=config.optim.for_batch(config.train.batch_size),
+    )
     sampler = TrainSampler(train_index, config.data, config.train.batch_size, config.train.seed)
-    eval_sampler = EvalSampler(val_index, config.data, config.train.batch_size)
+    eval_sampler = EvalSampler(val_index, config.data, config.train.batch_size // accumulate)
     optimizer = make_optimizer(config.optim, len(sampler) * config.train.epochs)
     return Run(config, mesh, train_index, val_index, sampler, eval_sampler, optimizer)
 
@@ -253,15 +258,28 @@ def lock(run: Run) -> Iterator[None]:
         yield
 
 
-def start_or_resume(run: Run, metadata: Mapping[str, Any]) -> tuple[int, dict[str, Any], Model, State]:
+def start_or_resume(
+    run: Run, metadata: Mapping[str, Any], interrupted: Callable[[], bool]
+) -> tuple[int, dict[str, Any], Model, State]:
     """Finished steps, what was saved with them, model and state: of a checkpoint in `train.output_dir`, else new."""
-    start = 0
+    start, timeout = 0, run.config.train.storage_timeout
     with processes.all_or_none():
         if jax.process_index() == 0:
-            start = resuming.choose_checkpoint(run.output_dir, run.config.train.resume_from)
+            start = stall.call(
+                lambda: resuming.choose_checkpoint(run.output_dir, run.config.train.resume_from),
+                lambda: f"the checkpoints in {run.output_dir}",
+                timeout,
+                interrupted,
+            )
     start = int(processes.share(str(start))[0])
     if not start:
-        return 0, {}, *init_state(run.config, run.optimizer, run.mesh, run.categories)
+
+        def initialize() -> tuple[Model, State]:
+            with jax.set_mesh(run.mesh):
+                return init_state(run.config, run.optimizer, run.mesh, run.categories)
+
+        with processes.all_or_none():
+            return 0, {}, *stall.call(initialize, lambda: "the first parameters", float("inf"), interrupted)
     saved = store.read_metadata(str(run.output_dir), start)
     with processes.all_or_none():
         changed = resuming.check(run.output_dir, saved, metadata)
@@ -269,7 +287,12 @@ def start_or_resume(run: Run, metadata: Mapping[str, Any]) -> tuple[int, dict[st
         print("\n".join(changed), flush=True)
     graphdef, shapes = abstract_state(run.config, run.optimizer, run.mesh)
     with processes.all_or_none():
-        state = store.restore(str(run.output_dir), shapes, start, verify=False)
+        state = stall.call(
+            lambda: store.restore(str(run.output_dir), shapes, start, verify=False),
+            lambda: f"the checkpoint of step {start} in {run.output_dir}",
+            timeout,
+            interrupted,
+        )
     return start, saved, graphdef, state
 
 
@@ -294,7 +317,10 @@ def compile_steps(
         params = state.get("ema", state["params"])
         for bucket in run.eval_sampler.buckets:
             programs["detect", bucket] = functools.partial(detect.lower, params, state["buffers"], batch, bucket=bucket)
-    compiled = compilation.compile_buckets(programs, run.mesh, interrupted=interrupted, report=jax.process_index() == 0)
+    with processes.all_or_none():
+        compiled = compilation.compile_buckets(
+            programs, run.mesh, interrupted=interrupted, report=jax.process_index() == 0
+        )
 
     def choose(name):
         return lambda *args, bucket: compiled[name, bucket](*args)
@@ -442,8 +468,9 @@ def summary(run: Run, state: State, start: int) -> str:
 
     buckets = ", ".join(f"{h}x{w}" for h, w in sampler.buckets)
     drop_step = round(config.optim.drop_at * run.total_steps)
+    devices = sharding.describe_devices(run.mesh, config.train.batch_size, accumulate=config.train.accumulate)
     lines = [
-        f"devices     {sharding.describe_devices(run.mesh, config.train.batch_size)}",
+        f"devices     {devices}",
         f"model       {type(config.model).__name__.removesuffix('Config')}, compute {config.model.dtype}; "
         f"{count(state['params']):.2f} M parameters trained, {count(state['buffers']):.2f} M frozen",
         f"train       {len(run.train_index)} images, {run.train_index.num_classes} classes, at most "
@@ -452,11 +479,23 @@ def summary(run: Run, state: State, start: int) -> str:
         f"buckets     {buckets} (height x width, each compiled once)",
         f"schedule    {config.train.epochs} epochs of {len(sampler)} steps = {run.total_steps} steps; "
         f"lr {config.optim.lr:g}, x{config.optim.drop_factor:g} after step {drop_step}",
+        *describe_lr(config.optim, config.train.batch_size),
         f"output      {config.train.output_dir}" + (f", resuming at step {start}" if start else ""),
     ]
     indexes = {"train": run.train_index, "val": run.val_index}
     lines += [f"  {name}: {line}" for name, index in indexes.items() for line in index.report]
     return "\n".join(lines + [f"  {name}: {line}" for name, index in indexes.items() for line in crowded(run, index)])
+
+
+def describe_lr(optim: OptimConfig, batch_size: int) -> list[str]:
+    """A line about a learning rate that is for another batch size, if it is."""
+    if batch_size == optim.lr_batch_size:
+        return []
+    sqrt, linear = (optim.scaled_lr(batch_size, scaling) for scaling in ("sqrt", "linear"))
+    return [
+        f"  lr {optim.lr:g} is for batches of {optim.lr_batch_size}, not {batch_size}: "
+        f"--optim.lr-scaling sqrt makes it {sqrt:.3g}, linear {linear:.3g}"
+    ]
 
 
 def crowded(run: Run, index: DatasetIndex) -> list[str]:

@@ -227,6 +227,20 @@ MUTANTS = [
         "tests/detr_jax/test_sharding.py",
     ),
     Mutant(
+        "a part of a batch counts its own boxes only",
+        "detr_jax/losses.py",
+        "total_boxes = jnp.maximum(jnp.sum(whole), 1)",
+        "total_boxes = jnp.maximum(jnp.sum(num_boxes), 1)",
+        "tests/detr_jax/test_losses.py -k add_up",
+    ),
+    Mutant(
+        "every device holds all of the state",
+        "detr_jax/sharding.py",
+        'return jax.P(*[None] * longest, "fsdp")',
+        "return jax.P()",
+        "tests/detr_jax/test_sharding.py",
+    ),
+    Mutant(
         "a loss that is not finite is ignored",
         "detr_jax/training.py",
         'if not np.isfinite([values["loss"], values["grad_norm"]]).all():',

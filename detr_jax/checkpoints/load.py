@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from etils.epath import Path
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from detr_jax import sharding
 from detr_jax.categories import Categories
@@ -130,6 +131,8 @@ def _read(path: str | os.PathLike[str], *, revision: str | None, token: str | No
     step = store.best_or_latest(str(path))
     saved = store.read_metadata(str(path), step)
     config = from_dict(saved["config"], saved["model"], path)
+    # Of training alone; what is looked at inside of a layer must not be computed twice.
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
     with jax.set_mesh(mesh := sharding.make_mesh(1)):
         model = nnx.merge(*restore_model(str(path), step, config, mesh))
     categories = Categories(tuple(saved["category_ids"]), tuple(saved["category_names"]))
@@ -205,7 +208,7 @@ def initialize_from(
             found = np.take(np.asarray(found[...]), np.maximum(rows, 0), axis)
             if found.shape == leaf.shape:
                 new = np.expand_dims(rows < 0, [i for i in range(found.ndim) if i != axis % found.ndim])
-                found = np.where(new, np.asarray(leaf), found)
+                found = np.where(new, multihost_utils.process_allgather(leaf, tiled=True), found)
         if (found is None and "lora" in keys) or (rows is not None and (rows < 0).all()):
             anew.append(".".join(map(str, keys)))
             return leaf

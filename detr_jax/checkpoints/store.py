@@ -25,6 +25,7 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from detr_jax import stall
 from detr_jax.checkpoints import checksums
 from detr_jax.errors import NotFoundError, UserError
 from detr_jax.stall import StalledError, wait_for
@@ -90,15 +91,25 @@ class CheckpointWriter:
         Raises:
             TypeError: metadata that JSON cannot hold.
             OSError: this or the previous save could not be written (disk full, say).
+            StalledError: this or the previous save took longer than `timeout`; later ones fail at once.
         """
         self.wait()
+        if self._stalled:
+            raise StalledError(errno.ETIMEDOUT, "an earlier save has not ended", str(self._directory / str(step)))
         if step in (checkpoint.step for checkpoint in self._checkpointer.checkpoints):
             return False
         entries = {name: leaves for name, tree in state.items() if (leaves := _flatten(tree))}
         plain = json.loads(json.dumps({**metadata, "step": step}))  # fails here, not in the background
         try:
             # `force`: without it orbax skips a save now and then, by a policy of its own.
-            response = self._checkpointer.save_checkpointables_async(step, entries, force=True, custom_metadata=plain)
+            response = stall.call(
+                lambda: self._checkpointer.save_checkpointables_async(step, entries, force=True, custom_metadata=plain),
+                lambda: f"{self._directory / str(step)} (its writing is to begin)",
+                self._timeout,
+            )
+        except StalledError:
+            self._stalled = True
+            raise
         except Exception as error:
             raise self._failure(step, error) from error
         assert response is not None

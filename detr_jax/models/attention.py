@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from detr_jax.models.layers import Dropout, capture, linear
+from detr_jax.sharding import BATCH_AXES
 from pallas_kernels import BlockOrder, block_order, ms_deform_attn
 from pallas_kernels.ms_deform_attn import best_implementation
 
@@ -140,10 +141,12 @@ class MSDeformAttn(nnx.Module):
             weights,
             implementation=self.implementation,
             in_blocks=tokens.order is not None,
+            batch_axis=BATCH_AXES,
         )
         return self.output_proj(output.reshape(b, q, -1))
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tokens:
     """The tokens of several levels, in the order that the kernel of deformable attention is made for."""
@@ -152,9 +155,9 @@ class Tokens:
     """`[b, s, c]`."""
     valid: jax.Array
     """bool `[b, s]`: False at padding."""
-    spatial_shapes: tuple[tuple[int, int], ...]
+    spatial_shapes: tuple[tuple[int, int], ...] = dataclasses.field(metadata={"static": True})
     """(height, width) of each level."""
-    order: BlockOrder | None = None
+    order: BlockOrder | None = dataclasses.field(default=None, metadata={"static": True})
     """Blocks of neighbors, as `token_order` says; `None`: levels one after another, row by row."""
 
     def arrange(self, x: jax.Array) -> jax.Array:

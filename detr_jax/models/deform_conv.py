@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from detr_jax.models.layers import KAIMING, Conv, capture
+from detr_jax.sharding import BATCH_AXES
 from pallas_kernels.deform_conv import deform_conv, offsets_from_channels, sampling_positions
 
 SIZE = 3
@@ -68,6 +69,7 @@ class DeformConv(nnx.Module):
             padding=padding,
             dilation=dilation,
             groups=self.groups,
+            batch_axis=BATCH_AXES,
         )
 
 

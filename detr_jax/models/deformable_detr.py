@@ -21,6 +21,7 @@ from detr_jax.models.layers import (
     inverse_sigmoid,
     layer_norm,
     linear,
+    recompute,
 )
 from detr_jax.models.padding import valid_cells, valid_nearest, zero_padding
 from detr_jax.models.position import sine_boxes, sine_map
@@ -59,7 +60,7 @@ class DecoderLayer(nnx.Module):
         self.dropout = Dropout(config.dropout)
 
     @jax.named_scope("decoder_layer")
-    def __call__(self, x, query_position, reference_points, memory: Tokens, rngs, *, visible=None):
+    def __call__(self, x, query_position, reference_points, memory: Tokens, rngs, visible=None):
         """`x`, `query_position [b, q, c]`, `reference_points [b, q, l, 2 or 4]` -> `[b, q, c]`."""
         query = x + query_position
         x = self.norm1(x + self.dropout(self.self_attn(query, query, x, visible=visible, rngs=rngs), rngs))
@@ -124,7 +125,7 @@ class MultiScaleEncoder(nnx.Module):
     def __init__(self, config: DeformableDETRConfig, *, rngs: nnx.Rngs):
         c = config.hidden_dim
         self.config = config
-        self.backbone = ResNet(config.backbone, dtype=config.dtype, rngs=rngs)
+        self.backbone = ResNet(config.backbone, remat=config.remat == "all", dtype=config.dtype, rngs=rngs)
         self.input_proj = nnx.List(
             InputProjection(n_in, config, size=size, stride=stride, rngs=rngs)
             for n_in, size, stride in projections(config, self.backbone.channels)
@@ -158,7 +159,7 @@ class MultiScaleEncoder(nnx.Module):
         tokens = dataclasses.replace(tokens, features=tokens.arrange(features), valid=tokens.arrange(valid))
         position, reference_points = tokens.arrange(position), tokens.arrange(reference_points)
         for layer in self.encoder:
-            tokens = layer(tokens, position, reference_points, rngs)
+            tokens = recompute(self.config.remat != "none", layer, tokens, position, reference_points, rngs)
         return tokens, valid_maps, valid_ratios
 
     def levels(self, images: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
@@ -256,7 +257,7 @@ class DeformableDETR(MultiScaleEncoder):
         for i, layer in enumerate(self.decoder):
             ratios = jnp.tile(valid_ratios, reference.shape[-1] // 2)
             reference_points = reference[:, :, None] * ratios[:, None]
-            x = layer(x, query_position, reference_points, memory, rngs)
+            x = recompute(self.config.remat != "none", layer, x, query_position, reference_points, memory, rngs)
             head = i if self.config.box_refinement else 0
             with jax.named_scope("heads"):
                 features = x.astype(jnp.float32)

@@ -6,7 +6,7 @@ from flax import nnx
 
 from detr_jax.config import DETRConfig
 from detr_jax.models.attention import MultiHeadAttention
-from detr_jax.models.layers import MLP, Dropout, FeedForward, capture, layer_norm, linear
+from detr_jax.models.layers import MLP, Dropout, FeedForward, capture, layer_norm, linear, recompute
 from detr_jax.models.padding import valid_cells, valid_nearest
 from detr_jax.models.position import LearnedMap, sine_map
 from detr_jax.models.resnet import ResNet
@@ -71,7 +71,7 @@ class DETR(nnx.Module):
     def __init__(self, config: DETRConfig, *, rngs: nnx.Rngs):
         c, dtype = config.hidden_dim, config.dtype
         self.config = config
-        self.backbone = ResNet(config.backbone, dtype=dtype, rngs=rngs)
+        self.backbone = ResNet(config.backbone, remat=config.remat == "all", dtype=dtype, rngs=rngs)
         self.input_proj = linear(self.backbone.channels[-1], c, dtype=dtype, rngs=rngs)
         self.position = LearnedMap(c, rngs=rngs) if config.position == "learned" else None
         self.encoder = nnx.List(EncoderLayer(config, rngs=rngs) for _ in range(config.encoder_layers))
@@ -101,7 +101,8 @@ class DETR(nnx.Module):
         x = jnp.zeros_like(query_position)
         hidden = []
         for layer in self.decoder:
-            x = layer(x, query_position, memory, position, valid, rngs)
+            arguments = (x, query_position, memory, position, valid, rngs)
+            x = recompute(self.config.remat != "none", layer, *arguments)
             hidden.append(self.decoder_norm(x))
         with jax.named_scope("heads"):
             hidden = jnp.stack(hidden).astype(jnp.float32)
@@ -128,7 +129,8 @@ class DETR(nnx.Module):
 
         memory = self.input_proj(features).reshape(b, h * w, -1)
         for layer in self.encoder:
-            memory = layer(memory, position, valid.reshape(b, h * w), rngs)
+            arguments = (memory, position, valid.reshape(b, h * w), rngs)
+            memory = recompute(self.config.remat != "none", layer, *arguments)
         if self.encoder_norm:
             memory = self.encoder_norm(memory)
         return memory, position, valid

@@ -18,7 +18,7 @@ from detr_jax.models.deformable_detr import (
     stack,
     token_anchors,
 )
-from detr_jax.models.layers import MLP, capture, inverse_sigmoid, layer_norm, linear
+from detr_jax.models.layers import MLP, capture, inverse_sigmoid, layer_norm, linear, recompute
 from detr_jax.models.position import sine_boxes, sine_map
 
 # Boxes nearer to 0 or 1 than this count as this near, wherever a logit of a box is taken (Deformable DETR: 1e-5).
@@ -141,7 +141,8 @@ class DINO(MultiScaleEncoder):
             reference_points = detached[:, :, None] * jnp.tile(valid_ratios, 2)[:, None]
             embedding = sine_boxes(reference_points[:, :, 0, [1, 0, 2, 3]], config.hidden_dim // 2)
             query_position = self.query_position(embedding.astype(x.dtype))
-            x = layer(x, query_position, reference_points, memory, rngs, visible=sees)
+            arguments = (x, query_position, reference_points, memory, rngs, sees)
+            x = recompute(config.remat != "none", layer, *arguments)
             head = 0 if config.shared_heads else i
             bbox_embed = self.bbox_embed[head]
             with jax.named_scope("heads"):

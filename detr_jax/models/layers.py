@@ -1,11 +1,14 @@
 """Small building blocks with PyTorch's default initialization, which the published configs rely on."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+Output = TypeVar("Output")
 
 
 def torch_uniform(fan_in: int) -> jax.nn.initializers.Initializer:
@@ -138,6 +141,13 @@ def capture(module: nnx.Module, name: str, value) -> None:
     """
     if hasattr(module, "__captures__"):
         module.sow(nnx.Intermediate, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+
+
+def recompute(active: bool, layer: Callable[..., Output], *args) -> Output:
+    """`layer(*args)`; where `active`, its intermediate values are computed again in the backward pass, not kept."""
+    if not active:
+        return layer(*args)
+    return nnx.remat(lambda layer, *args: layer(*args))(layer, *args)
 
 
 KAIMING = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")

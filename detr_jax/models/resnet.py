@@ -5,7 +5,7 @@ from flax import nnx
 
 from detr_jax.config import BackboneConfig
 from detr_jax.models.deform_conv import DeformConv
-from detr_jax.models.layers import Conv, FrozenBatchNorm, GroupNorm, max_pool
+from detr_jax.models.layers import Conv, FrozenBatchNorm, GroupNorm, max_pool, recompute
 from detr_jax.models.padding import valid_cells, zero_padding
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -73,10 +73,13 @@ class Block(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """Stem and four stages; returns the maps of the stages (strides 4, 8, 16, 32; the last 16 with DC5)."""
+    """Stem and four stages; returns the maps of the stages (strides 4, 8, 16, 32; the last 16 with DC5).
 
-    def __init__(self, config: BackboneConfig, *, dtype=None, rngs: nnx.Rngs):
-        self.config = config
+    With `remat`, the inside of each block is computed again in the backward pass.
+    """
+
+    def __init__(self, config: BackboneConfig, *, remat: bool = False, dtype=None, rngs: nnx.Rngs):
+        self.config, self.remat = config, remat
         self.stem_conv = Conv(3, 64, 7, stride=2, dtype=dtype, rngs=rngs)
         self.stem_norm = norm(config, 64)
         stages, channels, n_in = [], [], 64
@@ -126,6 +129,6 @@ class ResNet(nnx.Module):
                     valid_in = valid_at(x)
                     stride *= block.stride
                     valid_out = valid_at(x[:, :: block.stride, :: block.stride])
-                    x = block(x, valid_in, valid_out)
+                    x = recompute(self.remat, block, x, valid_in, valid_out)
             maps.append(x)
         return maps

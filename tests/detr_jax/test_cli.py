@@ -1,5 +1,6 @@
 """Command lines: configs, overrides, and what a typo or a wrong path gives."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -9,8 +10,8 @@ import jax
 import pytest
 import tiny
 
-from detr_jax import cli
-from detr_jax.config import Config, DeformableDETRConfig, DETRConfig, LossConfig, from_dict
+from detr_jax import cli, training
+from detr_jax.config import Config, DeformableDETRConfig, DETRConfig, LossConfig, OptimConfig, from_dict
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -24,9 +25,35 @@ def test_configs_load_and_say_how_to_run_them(path):
     assert config.train.output_dir == f"runs/{path.stem}"
     softmax = config.loss.classification == "softmax"
     assert softmax == isinstance(config.model, DETRConfig)
+    assert config.optim.lr_batch_size == config.train.batch_size
     if path.stem not in ("bccd", "fine_tune"):
         assert "Published: AP" in text and "epochs at batch" in text
         assert f"after {config.train.epochs} epochs at batch {config.train.batch_size}" in text
+
+
+def test_the_learning_rate_follows_the_batch_size_where_that_is_wanted():
+    published = OptimConfig(lr=2e-4, lr_batch_size=32)
+    assert published.for_batch(8) is published
+    root, linear = (dataclasses.replace(published, lr_scaling=scaling) for scaling in ("sqrt", "linear"))
+    assert (root.for_batch(8).lr, linear.for_batch(8).lr) == pytest.approx((1e-4, 5e-5))
+    assert root.for_batch(8).for_batch(8) == root.for_batch(8)
+    assert training.describe_lr(published, 32) == training.describe_lr(root.for_batch(8), 8) == []
+    (line,) = training.describe_lr(published, 8)
+    assert line.strip() == (
+        "lr 0.0002 is for batches of 32, not 8: --optim.lr-scaling sqrt makes it 0.0001, linear 5e-05"
+    )
+
+
+@pytest.mark.parametrize("status", [0, 143])
+def test_an_interrupted_run_ends_with_the_status_that_is_asked_for(monkeypatch, status):
+    monkeypatch.setattr(cli, "_start_processes", lambda argv: None)
+    monkeypatch.setattr(training, "train", lambda config: None)
+    argv = ["--config", str(ROOT / "configs/bccd.py"), "--train.interrupted-status", str(status)]
+    if status == 0:
+        return cli.train(argv)
+    with pytest.raises(SystemExit) as end:
+        cli.train(argv)
+    assert end.value.code == status
 
 
 def test_the_published_rows_are_all_there():

@@ -64,6 +64,23 @@ def test_gradient_equals_finite_differences_of_the_reference(name):
         np.testing.assert_allclose(slope, (up - down) / 2e-6, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["focal", "softmax"])
+def test_the_losses_of_parts_add_up_to_those_of_the_batch(name):
+    outputs, targets = loss_reference.random_problem()
+    total, terms = jit_loss(outputs, targets, config=CONFIGS[name])
+    parts = []
+    for rows in (slice(0, 4), slice(4, 8)):
+        part = {key: x[rows] for key, x in outputs.items() if key.startswith("pred")}
+        part["aux_outputs"] = {key: x[:, rows] for key, x in outputs["aux_outputs"].items()}
+        part["enc_outputs"] = {key: x[rows] for key, x in outputs["enc_outputs"].items()}
+        some = {key: x[rows] for key, x in targets.items()}
+        parts.append(jit_loss(part, some, config=CONFIGS[name], whole=targets["num_boxes"]))
+    assert len({int(targets["num_boxes"][rows].sum()) for rows in (slice(0, 4), slice(4, 8))}) == 2  # of unequal weight
+    np.testing.assert_allclose(parts[0][0] + parts[1][0], total, rtol=1e-5)
+    for term, value in terms.items():
+        np.testing.assert_allclose(parts[0][1][term] + parts[1][1][term], value, rtol=1e-5, atol=1e-5, err_msg=term)
+
+
 def test_auxiliary_layers_can_be_left_out():
     outputs, targets = loss_reference.random_problem()
     del outputs["enc_outputs"]

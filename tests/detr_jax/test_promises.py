@@ -33,7 +33,7 @@ def two_devices():
     """What is replicated is computed on each device: two of the eight will do, and two processes have as many."""
     with pytest.MonkeyPatch.context() as patch:
         make_mesh = sharding.make_mesh
-        patch.setattr(sharding, "make_mesh", lambda num_devices=2: make_mesh(num_devices))
+        patch.setattr(sharding, "make_mesh", lambda num_devices=2, **axes: make_mesh(num_devices, **axes))
         yield
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -24,7 +25,10 @@ def moments(opt_state):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """`run(devices)`: the product's step for the small model on the host's arrays, and its first state."""
+    """`run(devices)`: the product's step for the small model on the host's arrays, and its first state.
+
+    Further arguments are fields of `train` and `model`.
+    """
     config = tiny.fast_config(tiny.sixteen_images(tmp_path_factory.mktemp("data") / "cells"))
     index = load_split(config.data, "train")
     sampler = TrainSampler(index, config.data, config.train.batch_size, config.train.seed)
@@ -35,18 +39,26 @@ def run(tmp_path_factory):
     ]
     optimizer = train_step.make_optimizer(config.optim, 100)
     with jax.set_mesh(mesh := sharding.make_mesh(1)):
-        graphdef, state = train_step.init_state(config, optimizer, mesh)
+        _, state = train_step.init_state(config, optimizer, mesh)
         first = jax.device_get(state)
 
-    def make(devices):
-        mesh = sharding.make_mesh(devices)
-        step = train_step.make_train_step(config, graphdef, optimizer, sampler)
+    def make(devices, *, fsdp=1, accumulate=1, **model):
+        mesh = sharding.make_mesh(devices, fsdp=fsdp)
+        train = dataclasses.replace(config.train, fsdp=fsdp, accumulate=accumulate)
+        changed = dataclasses.replace(config, train=train, model=dataclasses.replace(config.model, **model))
+        with jax.set_mesh(mesh):
+            graphdef, abstract = train_step.abstract_state(changed, optimizer, mesh)
+        step = train_step.make_train_step(changed, graphdef, optimizer, sampler)
 
         def call(state, number):
             bucket, batch = feed[number]
             with jax.set_mesh(mesh):
-                state = jax.device_put(state, sharding.replicated(mesh))  # a copy: the step donates it
-                return jax.device_get(step(state, sharding.put_batch(batch, mesh), bucket=bucket))
+                placed = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), state, abstract)
+                placed = jax.tree.map(jnp.copy, placed)  # the step donates it
+                state, terms = step(placed, sharding.put_batch(batch, mesh), bucket=bucket)
+            for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
+                assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
+            return jax.device_get((state, terms))
 
         return call, first
 
@@ -59,11 +71,21 @@ def one(run):
     return run(1)
 
 
-def test_one_and_eight_devices_take_the_same_step(run, one):
-    (one, first), (many, _) = one, run(8)
+def slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(2, 2), slow(8, 1), slow(2, 4), slow(1, 8)])
+def test_one_device_and_many_take_the_same_step(run, one, data, fsdp):
+    (one, first), (many, _) = one, run(data * fsdp, fsdp=fsdp)
     # Not the first batch, where one column of the box head differs: an L1 gradient at its kink, most likely, whose sign
     # rounding decides.
-    (state, terms), (state8, terms8) = one(first, 1), many(first, 1)
+    same_step(one(first, 1), many(first, 1))
+
+
+def same_step(one, other):
+    """Compares what two programs made of the same state and batch."""
+    (state, terms), (state8, terms8) = one, other
     # Sums over 8 devices are added in another order: float32 noise, 1e-7 relative for each of some hundred additions.
     # The gradient's norm sums the squares of as many numbers as there are parameters.
     for name, value in terms.items():
@@ -74,6 +96,25 @@ def test_one_and_eight_devices_take_the_same_step(run, one):
     assert len(one) == len(jax.tree.leaves(state["params"]))
     for a, b in zip(one, many, strict=True):
         np.testing.assert_allclose(b, a, rtol=0, atol=2e-5 * np.abs(a).max() + 1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("data", "fsdp"), [(1, 1), (2, 2)])
+def test_accumulated_and_recomputed_it_is_the_same_step(run, data, fsdp):
+    """Two parts of a batch, whose sums are divided by what the whole batch has; layers computed again for the gradient.
+
+    Without dropout, whose bits are drawn for each part.
+    """
+    plain, first = run(1, dropout=0.0)
+    saving, _ = run(data * fsdp, fsdp=fsdp, accumulate=2, remat="all", dropout=0.0)
+    same_step(plain(first, 0), saving(first, 0))  # the other batches have the kink that is told of above
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["layers", "all"])
+def test_what_is_computed_again_is_the_same_with_dropout(run, one, remat):
+    (one, first), (again, _) = one, run(1, remat=remat)
+    same_step(one(first, 1), again(first, 1))
 
 
 def test_dropout_draws_anew_at_every_step_and_the_same_when_repeated(one):

@@ -93,8 +93,10 @@ def test_one_and_eight_devices_give_the_same_losses_and_gradients(model):
             @functools.partial(jax.jit, static_argnames="bucket")
             def gradient(params, buffers, batch, *, bucket, graphdef=graphdef):
                 pixels = resample_batch(batch, bucket, sampler, config.data)
+                key = jax.random.key(7)
+                denoising = train_step.draw_denoising(config.model, batch, key)
                 loss = functools.partial(
-                    train_step.loss_fn, graphdef=graphdef, config=config, pixels=pixels, key=jax.random.key(7)
+                    train_step.loss_fn, graphdef=graphdef, config=config, pixels=pixels, key=key, denoising=denoising
                 )
                 return jax.grad(lambda *a: loss(*a)[0])(params, buffers, batch)
 

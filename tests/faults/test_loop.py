@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -16,6 +18,7 @@ from detr_jax import evaluation, resuming, sharding, training
 from detr_jax.checkpoints import store
 from detr_jax.errors import DataError, UserError
 from detr_jax.metric_writer import read_metrics
+from detr_jax.stall import StalledError
 
 pytestmark = pytest.mark.usefixtures("short_resnet", "shared_programs")
 
@@ -25,7 +28,7 @@ def two_devices():
     """What is replicated is computed on each device: two of the eight will do."""
     with pytest.MonkeyPatch.context() as patch:
         make_mesh = sharding.make_mesh
-        patch.setattr(sharding, "make_mesh", lambda num_devices=2: make_mesh(num_devices))
+        patch.setattr(sharding, "make_mesh", lambda num_devices=2, **axes: make_mesh(num_devices, **axes))
         yield
 
 
@@ -94,6 +97,29 @@ def test_sigterm_is_noticed_between_log_steps_and_nothing_is_lost(tmp_path, conf
     assert "and saved; the same command goes on from here" in capsys.readouterr().out
     training.train(config(tmp_path / "run"))
     same_end(tmp_path / "run", whole)
+
+
+def test_sigterm_while_the_first_parameters_are_computed(tmp_path, config, monkeypatch):
+    ended = threading.Event()
+
+    def compile_for_ever(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        ended.wait(60)
+
+    monkeypatch.setattr(training, "init_state", compile_for_ever)
+    start = time.monotonic()
+    assert training.train(config(tmp_path / "run")) is None
+    assert time.monotonic() - start < 30
+    ended.set()
+
+
+def test_a_checkpoint_whose_storage_does_not_answer_is_named(config, whole, monkeypatch):
+    answer = threading.Event()
+    monkeypatch.setattr(store, "restore", lambda *args, **kwargs: answer.wait(60))
+    with pytest.raises(StalledError, match="storage did not answer") as error:
+        training.train(config(whole, storage_timeout=0.5))
+    assert error.value.filename == f"the checkpoint of step 3 in {whole}"
+    answer.set()
 
 
 def test_a_damaged_checkpoint_costs_its_steps_and_no_more(tmp_path, config, whole, capsys):

@@ -18,6 +18,7 @@ from etils import epath
 from detr_jax import processes, resuming, run_folder, stall
 from detr_jax.checkpoints import checksums, store
 from detr_jax.errors import UserError
+from detr_jax.interruption import interruption
 from detr_jax.metric_writer import MetricWriter, read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -174,6 +175,49 @@ def test_a_full_disk_is_named_by_the_checkpoint(tmp_path, monkeypatch):
     ):
         writer.save(2, {"params": {"x": np.ones(300, np.float32)}}, {})
     assert store.newest_intact(str(tmp_path))[0] == 1
+
+
+@pytest.mark.parametrize("stalling", ["begin", "end"])
+def test_a_save_that_stalls_is_an_error_that_names_it(tmp_path, monkeypatch, stalling):
+    release = threading.Event()
+    begin = store.ocp.training.Checkpointer.save_checkpointables_async
+
+    def stalled(*args, **kwargs):
+        release.wait(60)
+        return begin(*args, **kwargs) if stalling == "begin" else None
+
+    state = {"params": {"x": np.ones(300, np.float32)}}
+    try:
+        if stalling == "begin":
+            monkeypatch.setattr(store.ocp.training.Checkpointer, "save_checkpointables_async", stalled)
+        else:
+            monkeypatch.setattr(checksums, "write", stalled)
+        with store.CheckpointWriter(str(tmp_path), timeout=0.5) as writer:
+            with pytest.raises(stall.StalledError, match="storage did not answer") as error:
+                writer.save(1, state, {})
+                writer.wait()
+            assert str(tmp_path / "1") in error.value.filename
+            with pytest.raises(stall.StalledError, match="an earlier save has not ended"):
+                writer.save(2, state, {})
+    finally:
+        release.set()
+        for thread in threading.enumerate():
+            if thread.name in ("storage", "checkpoint"):
+                thread.join()
+
+
+def test_the_first_signal_asks_and_the_second_one_ends_as_usual():
+    ended = []
+    usual = signal.signal(signal.SIGTERM, lambda *args: ended.append(args))
+    try:
+        with interruption() as interrupted:
+            assert not interrupted()
+            signal.raise_signal(signal.SIGTERM)
+            assert interrupted() and not ended
+            signal.raise_signal(signal.SIGTERM)
+            assert ended
+    finally:
+        signal.signal(signal.SIGTERM, usual)
 
 
 @pytest.mark.slow

@@ -2,15 +2,18 @@
 
 import dataclasses
 import importlib
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import tiny
 import transformers_weights
 from flax import nnx
 from small_models import SMALL_MODELS
 
 from detr_jax.categories import COCO, Categories
+from detr_jax.checkpoints import store
 from detr_jax.models import split
 
 loading = importlib.import_module("detr_jax.checkpoints.load")  # the package's `load` is the function
@@ -61,6 +64,24 @@ def test_all_of_the_official_91_outputs_that_are_coco_s_classes(monkeypatch):
         np.testing.assert_array_equal(after[layer]["bias"], np.asarray(old[layer]["bias"])[list(coco.ids)])
     assert "80 kept: person, bicycle" in report and "new" not in report.splitlines()[-1]
     assert "initialized anew: none" in report
+
+
+def test_a_model_that_was_trained_with_remat_is_loaded_without(monkeypatch):
+    config = tiny.config()
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="all"))
+    saved = {"config": dataclasses.asdict(config), "model": "DeformableDETRConfig", "step": 1}
+    monkeypatch.setattr(loading.hub, "locate", lambda *args, **kwargs: Path(__file__))
+    monkeypatch.setattr(loading, "is_ours", lambda path: True)
+    monkeypatch.setattr(store, "best_or_latest", lambda path: 1)
+    monkeypatch.setattr(store, "read_metadata", lambda *args: saved | {"category_ids": [1], "category_names": ["cell"]})
+    asked = []
+
+    def restore(path, step, config, mesh):
+        asked.append(config.model)
+        return nnx.split(nnx.Linear(1, 1, rngs=nnx.Rngs(0)), nnx.Param, ...)
+
+    monkeypatch.setattr(loading, "restore_model", restore)
+    assert loading.load("run").config.remat == asked[0].remat == "none"
 
 
 @pytest.mark.parametrize(("ids", "kept"), [((1, 2, 3), True), ((0, 1, 2, 3), False)])

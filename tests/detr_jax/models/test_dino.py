@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 from detr_jax.config import DINOConfig, LossConfig
-from detr_jax.denoising import Noise, denoising_queries, draw_noise, num_slots, visible
+from detr_jax.denoising import PER_IMAGE, Noise, denoising_queries, draw_noise, num_slots, visible
 from detr_jax.losses import denoising_terms
 from detr_jax.models import build
 
@@ -174,7 +174,7 @@ def test_denoising_changes_nothing_else_and_groups_do_not_see_each_other(our_ste
     assert np.abs(outputs["dn_boxes"][:, :, 6:12] - changed["dn_boxes"][:, :, 6:12]).max() > 1e-3
 
 
-def test_eight_devices_draw_the_queries_and_losses_of_one():
+def test_eight_devices_and_parts_of_a_batch_draw_the_queries_and_losses_of_one():
     rng = np.random.default_rng(0)
     config, loss = dataclasses.replace(dino_cases.SMALL, denoising_queries=10), LossConfig.dino()
     targets = {
@@ -203,6 +203,18 @@ def test_eight_devices_draw_the_queries_and_losses_of_one():
     assert actual[0].num_groups == 3 and len(expected[1]) == 6
     # The same float32 terms, added in another order.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), actual[1], expected[1])
+
+    @jax.jit
+    def part(outputs, queries, targets, number):
+        rows = number + 2 * np.arange(4)
+        some = {name: x[rows] for name, x in targets.items()}
+        queries = queries._replace(**{name: getattr(queries, name)[rows] for name in PER_IMAGE})
+        outputs = {name: x[:, rows] for name, x in outputs.items()}
+        return denoising_terms(outputs, queries, some, loss, targets["num_boxes"])
+
+    parts = [part(outputs, expected[0], targets, number) for number in (0, 1)]
+    for name, value in expected[1].items():
+        np.testing.assert_allclose(parts[0][name] + parts[1][name], value, rtol=2e-6, err_msg=name)
 
 
 def test_initialization():
