@@ -24,7 +24,13 @@ def shared() -> Iterator[None]:
     known: dict[Any, Any] = {}
 
     def once(name: str, config, total_steps: int, mesh, make: Callable[[], Any]) -> Any:
-        train = (config.train.seed, config.train.batch_size, config.train.init_from, config.train.init_backbone)
+        train = (
+            config.train.seed,
+            config.train.batch_size,
+            config.train.accumulate,
+            config.train.init_from,
+            config.train.init_backbone,
+        )
         key = (name, config.model, config.loss, config.optim, config.data, train, total_steps, mesh)
         if key not in known:
             known[key] = make()
