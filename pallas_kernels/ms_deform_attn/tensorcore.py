@@ -33,7 +33,7 @@ from pallas_kernels.ms_deform_attn.order import TILE, UNIT, BlockOrder, block_or
 from pallas_kernels.ms_deform_attn.tensorcore_kernels import backward_kernel, forward_kernel, touched_kernel
 from pallas_kernels.ms_deform_attn.tensorcore_walk import PIXELS, Part, parts, tile_walks, too_large, unit_places
 
-UNROLL = {"forward": 4, "backward": 4}
+UNROLL = {"forward": 4, "backward": 8}
 """Units in a loop iteration, of each pass: the products of two units each hide each other's latency."""
 TILES = 8
 """Tiles in a grid step."""
