@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from detr_jax.models.layers import Dropout, capture, linear
+from detr_jax.models.layers import Dropout, Linear, capture, linear
 from detr_jax.sharding import BATCH_AXES
 from pallas_kernels import BlockOrder, block_order, ms_deform_attn
 from pallas_kernels.ms_deform_attn import best_implementation
@@ -117,11 +117,16 @@ class MSDeformAttn(nnx.Module):
         spatial_shapes = tokens.spatial_shapes
         b, q = query.shape[:2]
         grid = (b, q, self.num_heads, self.num_levels, self.num_points)
-        value = jnp.where(tokens.valid[..., None], self.value_proj(tokens.features), 0)
+
+        def project(layer: Linear, x: jax.Array) -> jax.Array:
+            """In block order, without merging images and tokens: around the TPU's kernel they would be copied."""
+            return layer.interleaved(x, 1)[0] if tokens.order else layer(x)
+
+        value = jnp.where(tokens.valid[..., None], project(self.value_proj, tokens.features), 0)
         value = value.reshape(*value.shape[:2], self.num_heads, -1)
-        x, y = (z.reshape(grid).astype(jnp.float32) for z in self.sampling_offsets.interleaved(query, 2))
-        weights = self.attention_weights(query).reshape(*grid[:3], -1).astype(jnp.float32)
+        weights = project(self.attention_weights, query).reshape(*grid[:3], -1).astype(jnp.float32)
         weights = jax.nn.softmax(weights).reshape(grid)
+        x, y = (z.reshape(grid).astype(jnp.float32) for z in self.sampling_offsets.interleaved(query, 2))
         reference = reference_points[:, :, None, :, None]
         if reference.shape[-1] == 2:
             sizes = np.array([(w, h) for h, w in spatial_shapes], np.float32)[:, None]
@@ -143,7 +148,7 @@ class MSDeformAttn(nnx.Module):
             in_blocks=tokens.order is not None,
             batch_axis=BATCH_AXES,
         )
-        return self.output_proj(output.reshape(b, q, -1))
+        return project(self.output_proj, output.reshape(b, q, -1))
 
 
 @jax.tree_util.register_dataclass
