@@ -152,12 +152,12 @@ class MultiScaleEncoder(nnx.Module):
         valid = jnp.concatenate([v.reshape(len(v), -1) for v in valid_maps], 1)
         valid_ratios = jnp.stack([jnp.stack([v[:, 0].mean(-1), v[:, :, 0].mean(-1)], -1) for v in valid_maps], 1)
         centers = jnp.concatenate([cell_boxes(v, 0.0)[..., :2] for v in valid_maps], 1)
-        reference_points = centers[:, :, None] * valid_ratios[:, None]
         # On TPUs, tokens that are neighbors on the map are kept together from here to the decoder.
         order = token_order(self.config.implementation, spatial_shapes, self.config.encoder_points)
         tokens = Tokens(features, valid, spatial_shapes, order)
         tokens = dataclasses.replace(tokens, features=tokens.arrange(features), valid=tokens.arrange(valid))
-        position, reference_points = tokens.arrange(position), tokens.arrange(reference_points)
+        position = tokens.arrange(position)
+        reference_points = tokens.arrange(centers)[:, :, None] * valid_ratios[:, None]
         for layer in self.encoder:
             tokens = recompute(self.config.remat != "none", layer, tokens, position, reference_points, rngs)
         return tokens, valid_maps, valid_ratios
