@@ -32,6 +32,7 @@ from pathlib import Path
 from detr_jax.config import Config, DeformableDETRConfig, DINOConfig, LossConfig, TrainConfig
 from detr_jax.data.sampler import TrainSampler
 from detr_jax.plan import SPREAD, attention_layers, compile_step, stand_in
+from detr_jax.sharding import make_mesh
 from pallas_kernels import ahead_of_time
 from pallas_kernels.compiled_program import Operation, Program
 from pallas_kernels.ms_deform_attn.bench import layer_bundles
@@ -90,7 +91,8 @@ def compile_case(generation: str, name: str, bucket: tuple[int, int], batch_size
     model = dataclasses.replace(published, implementation=implementation, dtype="bfloat16")
     config = Config(model=model, loss=loss, train=TrainConfig(batch_size=batch_size))
     sampler = TrainSampler(stand_in(), config.data, batch_size, seed=0)
-    compiled, _, _ = compile_step(config, sampler, ahead_of_time.mesh(generation), bucket)
+    mesh = make_mesh(devices=list(ahead_of_time.mesh(generation).devices.flat))
+    compiled, _, _ = compile_step(config, sampler, mesh, bucket)
     return compiled, config, sampler
 
 
