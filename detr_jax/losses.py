@@ -151,10 +151,10 @@ def denoising_terms(
       config: weights.
       whole: as of `set_prediction_loss`.
     """
-    whole = targets["num_boxes"] if whole is None else whole
+    num_boxes: jax.Array = targets["num_boxes"] if whole is None else whole
     logits, pred_boxes = (jnp.asarray(outputs[name], jnp.float32) for name in ("pred_logits", "pred_boxes"))
     labels, boxes = (targets[name][:, queries.target] for name in ("labels", "boxes_cxcywh"))
-    count = (jnp.maximum(jnp.sum(whole), 1) * queries.num_groups).astype(jnp.float32)
+    count = (jnp.maximum(jnp.sum(num_boxes), 1) * queries.num_groups).astype(jnp.float32)
     tied = queries.real & queries.positive
     positive = tied[..., None] & (labels[..., None] == jnp.arange(logits.shape[-1]))
     focal = sigmoid_focal_loss(logits, positive, config.focal_alpha, config.focal_gamma)
