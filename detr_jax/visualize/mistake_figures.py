@@ -37,8 +37,8 @@ def mistakes_figure(errors: Sequence[Error], index: DatasetIndex, *, number: int
     sorts = {name: some for name, some in sorts.items() if some}
     headings = []
     for name, some in sorts.items():
-        kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(e.kind for e in some).most_common())
-        headings.append(f"{len(some)} {name}" + (f": {kinds}" if name != "misses" else ""))
+        kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(map(_kind, some)).most_common())
+        headings.append(f"{len(some)} {name}: {kinds}")
     sorts = {name: _kinds_in_turn(some) for name, some in sorts.items()}
     columns = max(1, min(number // 2, max(map(len, sorts.values()))))
     sheet = Sheet(headings, [(0, 0, 1, 1)] * columns, min(columns, 6), bar=False, below=0.16)
@@ -99,13 +99,20 @@ def confusion_figure(counts: np.ndarray, names: Sequence[str], scores: Scores, *
 
 
 def _kinds_in_turn(errors: Sequence[Error]) -> list[Error]:
-    """The most expensive error of each kind, then the second of each, and so on."""
-    places: Counter[str] = Counter()
+    """The most expensive error of each kind and class, then the second of each, and so on."""
+    places: Counter[tuple[str, int]] = Counter()
     turns = []
     for error in errors:
-        turns.append(places[error.kind])
-        places[error.kind] += 1
+        turns.append(places[_kind(error), error.label])
+        places[_kind(error), error.label] += 1
     return [error for _, error in sorted(zip(turns, errors, strict=True), key=lambda pair: pair[0])]
+
+
+def _kind(error: Error) -> str:
+    """Of a miss, whether a box is there."""
+    if error.kind != "miss":
+        return error.kind
+    return "scored too low" if error.score else "no box fits"
 
 
 def _show(axes: Axes, error: Error, index: DatasetIndex) -> None:

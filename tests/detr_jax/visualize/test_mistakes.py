@@ -77,7 +77,7 @@ def test_figure_of_errors(index):
     figure = visualize.mistakes_figure(errors, index, number=6)
     headings = [text.get_text() for text in figure.texts]
     assert headings == [
-        "3 misses",
+        "3 misses: 2 no box fits, 1 scored too low",
         "9 false positives: 6 nothing there, 1 duplicate, 1 badly placed, 1 wrong class",
     ]
     shown = [axes for axes in figure.axes if axes.get_title()]
