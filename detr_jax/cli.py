@@ -98,8 +98,8 @@ def fine_tuning(checkpoint: str) -> Config:
         data = dataclasses.replace(theirs.data, root="", **nowhere)
         return dataclasses.replace(base, model=theirs.model, loss=theirs.loss, data=data)
     found = load(checkpoint)
-    theirs = found.run_config(dataclasses.replace(base.data, eval_scale=found.scale, max_size=found.max_size))
-    return dataclasses.replace(base, model=theirs.model, loss=theirs.loss, data=theirs.data)
+    data = dataclasses.replace(base.data, eval_scale=found.scale, max_size=found.max_size)
+    return dataclasses.replace(found.run_config(data), optim=base.optim, train=base.train)
 
 
 def parse_train(argv: Sequence[str], prog: str = "train.py") -> Config:

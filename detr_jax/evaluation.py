@@ -13,10 +13,9 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from detr_jax import processes, sharding
-from detr_jax.categories import Categories
 from detr_jax.checkpoints import store
-from detr_jax.checkpoints.load import Loaded, not_finite, restore_model, set_mask_padding
-from detr_jax.config import Config, DataConfig, TTAConfig, from_dict
+from detr_jax.checkpoints.load import Loaded, load, set_mask_padding
+from detr_jax.config import Config, DataConfig, TTAConfig
 from detr_jax.data.index import DatasetIndex
 from detr_jax.data.pipeline import batches
 from detr_jax.data.sampler import EvalSampler
@@ -174,22 +173,28 @@ def evaluate_checkpoint(
         DataError: something is wrong with the data set.
     """
     mesh = sharding.make_mesh()
-    config, categories, model, report = _open(checkpoint, step, data, mask_padding, mesh)
-    index = load_split(data, "val", categories, annotated=False)
+    if not isinstance(checkpoint, Loaded):
+        loaded = load(checkpoint, step=step, mesh=mesh, mask_padding=mask_padding)
+    else:
+        loaded = checkpoint if mask_padding is None else set_mask_padding(checkpoint, mask_padding)
+    graphdef, *arrays = split(loaded.config, loaded.model)
+    params, buffers = jax.device_put(arrays, sharding.replicated(mesh))
+    config = loaded.run_config(data)
+    index = load_split(data, "val", loaded.categories, annotated=False)
     if not index.annotated and not results:
         raise UserError(f"{index.report[0]}, no annotations to score with: pass --results FILE for the detections")
     with jax.set_mesh(mesh), processes.plain_errors():
         if tta is None:
             sampler = EvalSampler(index, data, batch_size)
-            detect = make_detect_step(config, model[0], sampler)
-            detections = as_results(detect_on(detect, *model[1:], sampler, data, mesh), index)
+            detect = make_detect_step(config, graphdef, sampler)
+            detections = as_results(detect_on(detect, params, buffers, sampler, data, mesh), index)
         else:
-            detections = detect_views(config, model, index, tta, batch_size, mesh)
+            detections = detect_views(config, (graphdef, params, buffers), index, tta, batch_size, mesh)
     scores = score_images(index, detections) if index.annotated else None
     if jax.process_index() == 0:
         views = [] if tta is None else [f"test-time augmentation: {len(tta.views)} views, scales {tta.scales}"]
         table = [scores.table()] if scores else []
-        print("\n".join([report, f"{len(index)} images", *index.report, *views, *table]))
+        print("\n".join([loaded.report, f"{len(index)} images", *index.report, *views, *table]))
         if results:
             write_results(results, detections)
             print(f"results   {results}: {len(detections)} detections")
@@ -197,29 +202,6 @@ def evaluate_checkpoint(
             number = write_pictures(pictures, index, detections, num_pictures)
             print(f"pictures  {pictures}: {number} images, ground truth beside detections")
     return scores
-
-
-def _open(
-    checkpoint: str | Loaded, step: store.Step, data: DataConfig, mask_padding: bool | None, mesh: jax.sharding.Mesh
-) -> tuple[Config, Categories, tuple[nnx.GraphDef, dict, dict], str]:
-    """Config, classes, model (on every device) and a report of a checkpoint."""
-    if isinstance(checkpoint, Loaded):
-        if mask_padding is not None:
-            checkpoint = set_mask_padding(checkpoint, mask_padding)
-        graphdef, *arrays = split(checkpoint.config, checkpoint.model)
-        params, buffers = jax.device_put(arrays, sharding.replicated(mesh))
-        return checkpoint.run_config(data), checkpoint.categories, (graphdef, params, buffers), checkpoint.report
-    if step == "best":
-        step = store.best_or_latest(checkpoint)
-    saved = store.read_metadata(checkpoint, step)
-    config = dataclasses.replace(from_dict(saved["config"], saved["model"], checkpoint), data=data)
-    if mask_padding is not None:
-        backbone = dataclasses.replace(config.model.backbone, mask_padding=mask_padding)
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, backbone=backbone))
-    model = restore_model(checkpoint, step, config, mesh)
-    warnings = not_finite({jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(model[1:])})
-    categories = Categories(tuple(saved["category_ids"]), tuple(saved["category_names"]))
-    return config, categories, model, "\n".join([f"{checkpoint}, step {saved['step']}", *warnings])
 
 
 def evaluate(

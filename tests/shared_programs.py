@@ -36,30 +36,28 @@ def shared() -> Iterator[None]:
             known[key] = make()
         return known[key]
 
-    steps: dict[int, int] = {}  # of each run's optimizer, which cannot tell
+    steps: dict[Any, int] = {}  # of each run's optimizer, which cannot tell
 
     def make_optimizer(config, total_steps):
         optimizer = original_optimizer(config, total_steps)
-        steps[id(optimizer)] = total_steps
-        kept.append(optimizer)
+        steps[optimizer] = total_steps
         return optimizer
 
     def init_state(config, optimizer, mesh, categories=None):
-        total = steps[id(optimizer)]
+        total = steps[optimizer]
         make = lambda: original_init(config, optimizer, mesh, categories)  # noqa: E731
         graphdef, state = once(f"init {categories}", config, total, mesh, make)
         return graphdef, jax.tree.map(jnp.copy, state)  # the step consumes it
 
     def abstract_state(config, optimizer, mesh):
         make = lambda: original_abstract(config, optimizer, mesh)  # noqa: E731
-        return once("abstract", config, steps[id(optimizer)], mesh, make)
+        return once("abstract", config, steps[optimizer], mesh, make)
 
     def compile_steps(run, graphdef, state, done, interrupted):
         del done  # a run that starts at 0 needs all of what one that goes on needs
         make = lambda: original_compile(run, graphdef, state, 0, interrupted)  # noqa: E731
         return once("steps", run.config, run.total_steps, run.mesh, make)
 
-    kept: list[Any] = []
     original_optimizer, original_init = training.make_optimizer, train_step.init_state
     original_abstract, original_compile = train_step.abstract_state, training.compile_steps
     with (

@@ -437,13 +437,12 @@ def load_backbone(
 
     loaded = jax.tree_util.tree_map_with_path(replace, (dict(params), dict(buffers)))
     problems += [f"  {name}: {list(tensors[name].shape)}, not expected" for name in sorted(unused)]
+    plain = describe_backbone(dataclasses.replace(config, deform_version=0))
     if problems:
         raise UserError(
             f"{path}: {len(problems)} tensors do not fit the backbone:\n" + "\n".join(problems[:8]) + "\n"
-            f"Is it torchvision's file for a {describe_backbone(dataclasses.replace(config, deform_version=0))}, as "
-            "model.backbone says?"
+            f"Is it torchvision's file for a {plain}, as model.backbone says?"
         )
-    plain = describe_backbone(dataclasses.replace(config, deform_version=0))
     return *loaded, f"backbone: {hub.describe(path, where)}: {plain}, {len(tensors)} tensors"
 
 

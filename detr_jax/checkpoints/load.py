@@ -83,6 +83,8 @@ def describe_run(config: Config, categories: Categories) -> dict[str, Any]:
 def load(
     path: str | os.PathLike[str],
     *,
+    step: "store.Step" = "best",
+    mesh: jax.sharding.Mesh | None = None,
     mask_padding: bool | None = None,
     revision: str | None = None,
     token: str | None = None,
@@ -92,6 +94,8 @@ def load(
 
     Args:
         path: file or folder, or a name on the Hugging Face hub such as `facebook/detr-resnet-50`.
+        step: which one of a run's checkpoints; `best` is the newest where none was saved with an AP.
+        mesh: whose devices hold each a copy of a run's model; `None` is the first device.
         mask_padding: `backbone.mask_padding` of the model: on, an image in any bucket gives what the official code
             gives for it alone, without padding. `None` takes what the file says, and else off.
         revision: branch, tag or commit there; `None` is `main`. `owner/name@revision` says it too.
@@ -102,7 +106,7 @@ def load(
         FileNotFoundError: no such file or folder.
         ValueError: it does not fit a detector that this project has; says what does not.
     """
-    loaded = _read(path, revision=revision, token=token, **facts)
+    loaded = _read(path, step, mesh, revision=revision, token=token, **facts)
     if mask_padding is not None:
         loaded = set_mask_padding(loaded, mask_padding)
     tensors = {".".join(map(str, name)): leaf for name, leaf in nnx.to_flat_state(nnx.state(loaded.model))}
@@ -117,7 +121,15 @@ def not_finite(tensors: Mapping[str, Any]) -> list[str]:
     return [f"WARNING: NaN or infinity in {', '.join(bad[:3])}{more}: what it detects means nothing"] * bool(bad)
 
 
-def _read(path: str | os.PathLike[str], *, revision: str | None, token: str | None, **facts: Any) -> Loaded:
+def _read(
+    path: str | os.PathLike[str],
+    step: "store.Step",
+    mesh: jax.sharding.Mesh | None,
+    *,
+    revision: str | None,
+    token: str | None,
+    **facts: Any,
+) -> Loaded:
     where = hub.locate(path, revision=revision, token=token)
     if not where.exists():
         raise NotFoundError(f"{path}: no such file or folder; expected a checkpoint")
@@ -128,12 +140,14 @@ def _read(path: str | os.PathLike[str], *, revision: str | None, token: str | No
         return Loaded(found.config, model, categories, classification, found.scale, found.max_size, found.report)
     from detr_jax.checkpoints import store
 
-    step = store.best_or_latest(str(path))
+    if step == "best":
+        step = store.best_or_latest(str(path))
     saved = store.read_metadata(str(path), step)
     config = from_dict(saved["config"], saved["model"], path)
     # Of training alone; what is looked at inside of a layer must not be computed twice.
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
-    with jax.set_mesh(mesh := sharding.make_mesh(1)):
+    mesh = mesh or sharding.make_mesh(1)
+    with jax.set_mesh(mesh):
         model = nnx.merge(*restore_model(str(path), step, config, mesh))
     categories = Categories(tuple(saved["category_ids"]), tuple(saved["category_names"]))
     report = f"{path}: step {saved['step']} of this project; {convert.describe(config.model)}"

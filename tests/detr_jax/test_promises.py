@@ -112,7 +112,7 @@ def test_the_averaged_parameters_are_scored_and_saved(whole):
 
 def test_a_checkpoint_answers_with_the_averaged_parameters(whole):
     """`eval.py`, a `Detector`, fine-tuning and surgery read a run by `restore_model`."""
-    from detr_jax.checkpoints.load import restore_model
+    from detr_jax.checkpoints import load, restore_model
     from detr_jax.config import from_dict
 
     directory, scored, _ = whole
@@ -121,6 +121,7 @@ def test_a_checkpoint_answers_with_the_averaged_parameters(whole):
     _, params, _ = restore_model(str(directory), 3, run, sharding.make_mesh(1))
     for got, expected in zip(jax.tree.leaves(params), jax.tree.leaves(scored[-1]), strict=True):
         np.testing.assert_array_equal(got, expected)
+    assert "step 1 of this project" in load(directory, step=1).report
 
 
 def test_a_resumed_run_ends_with_the_same_bits(data, whole, tmp_path):
