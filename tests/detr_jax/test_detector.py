@@ -185,15 +185,30 @@ def test_buckets_hold_every_image():
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def cells(tmp_path_factory):
+    """The folder of eight training and eight validation images."""
+    return tiny.sixteen_images(tmp_path_factory.mktemp("cells") / "data")
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """What is replicated is computed on each device."""
+    with pytest.MonkeyPatch.context() as patch:
+        make_mesh = sharding.make_mesh
+        patch.setattr(sharding, "make_mesh", lambda num_devices=1, **axes: make_mesh(num_devices, **axes))
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(cells, one_device, tmp_path_factory):
     """A run of two steps."""
     folder = tmp_path_factory.mktemp("run")
-    training.train(tiny.config(folder / "run", max_steps=2))
+    training.train(tiny.fast_config(cells, folder / "run", max_steps=2))
     return folder / "run"
 
 
-def test_own_checkpoint_gives_the_boxes_of_its_evaluation(run, tmp_path):
-    data = tiny.config().data
+def test_own_checkpoint_gives_the_boxes_of_its_evaluation(run, cells, tmp_path):
+    data = tiny.fast_config(cells).data
     evaluate_checkpoint(str(run), data, results=str(tmp_path / "results.json"))
     results = json.loads((tmp_path / "results.json").read_text())
     detect = detr_jax.Detector.from_pretrained(run)
@@ -233,7 +248,7 @@ def test_sparse_coco_ids_are_scored_as_they_are(tmp_path):
     assert found.scores[0] == pytest.approx(best["score"], abs=0.02)
 
 
-def test_a_file_is_scored_as_the_run_that_it_was_converted_from(run, tmp_path):
+def test_a_file_is_scored_as_the_run_that_it_was_converted_from(run, cells, tmp_path):
     """`eval` takes any checkpoint that `load` takes, and prepares images as its file says."""
     file = tmp_path / "model.safetensors"
     cli.main(["convert", str(run), str(file)])
@@ -242,7 +257,7 @@ def test_a_file_is_scored_as_the_run_that_it_was_converted_from(run, tmp_path):
         results = tmp_path / f"{checkpoint.name}.json"
         # The file holds the sizes of images, but not how they are read.
         flags = ["--data.max-source-side", "160", "--data.engine", "pillow"]
-        flags += ["--data.root", str(tiny.DATA / "bccd"), "--results", str(results)]
+        flags += ["--data.root", str(cells), "--results", str(results)]
         options, _ = cli.parse_eval(["--checkpoint", str(checkpoint), *flags])
         assert (options.data.eval_scale, options.data.max_size) == (tiny.config().data.eval_scale, 96)
         cli.main(["eval", "--checkpoint", str(checkpoint), *flags])
@@ -304,8 +319,8 @@ def test_predict_on_images_of_a_data_set(run, tmp_path):
         cli.main(["predict", str(tmp_path / "other.png"), *flags])
 
 
-def test_fine_tuning_keeps_all_but_the_class_heads(tmp_path, capsys):
-    config = tiny.config(tmp_path / "run", max_steps=1, init_from=str(tmp_path / "seven.safetensors"))
+def test_fine_tuning_keeps_all_but_the_class_heads(cells, one_device, tmp_path, capsys):
+    config = tiny.fast_config(cells, tmp_path / "run", max_steps=1, init_from=str(tmp_path / "seven.safetensors"))
     config = dataclasses.replace(
         config, optim=dataclasses.replace(config.optim, lr=0.0, weight_decay=0.0, ema_decay=0.0)
     )
