@@ -64,7 +64,7 @@ def convolution_figure(detector: Detector, image: ImageLike, point: tuple[float,
         f"{len(layers)} deformable convolutions": trace(layers, cell) * strides[0][0] / scale,
     }
     if isinstance(seen.encoder, Sampling):
-        panels["deformable attention, last encoder layer"] = seen.encoder.locations[-1].reshape(-1, 2)
+        panels["last encoder layer's attention"] = seen.encoder.locations[-1].reshape(-1, 2)
     heading = f"what is sampled for one cell of C5 at ({point[0]:g}, {point[1]:g})"
     sheet = Sheet([heading], [whole(opened)] * len(panels), len(panels), bar=False)
     for axes, (title, points) in zip(sheet.panels[0], panels.items(), strict=True):

@@ -135,7 +135,8 @@ def denoising_figure(found: Reconstruction, *, number: int = 8) -> Figure:
             add_box(axes, found.true_boxes_xyxy[t], "white", width=1.2)
             add_box(axes, found.noisy_boxes_xyxy[query], color, dashed=True, width=1.2)
             add_box(axes, found.boxes_xyxy[query], color, width=1.7)
-            x, y = found.boxes_xyxy[query, :2].clip(0, np.array(found.image.size) - 12)
+            size = np.array(found.image.size)
+            x, y = found.boxes_xyxy[query, :2].clip(0.03 * size, 0.97 * size)  # a whole number, inside of the image
             add_text(axes, float(x), float(y), f"{found.scores[query]:.2f}")
     color = color_of(int(found.true_labels[shown[0]]))
     handles = [line("object", "0.4"), line("noisy box", color, dashed=True), line("after the last layer", color)]
