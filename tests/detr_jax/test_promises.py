@@ -43,9 +43,11 @@ def data(tmp_path_factory):
 
 
 def config(data, output_dir, **train):
-    """Three epochs of one step; a checkpoint and an evaluation after each. One decoder layer, one level."""
+    """Three epochs of one step; a checkpoint and an evaluation after each. One decoder layer and level, but for DINO."""
     defaults = {"epochs": 3, "eval_every": 1, "checkpoint_every": 1, "keep_last": 3}
     run = tiny.fast_config(data, output_dir, **(defaults | train))
+    if train.get("model") == "dino":
+        return run
     small = {"decoder_layers": 1, "num_levels": 1, "two_stage": False, "box_refinement": False}
     return dataclasses.replace(run, model=dataclasses.replace(run.model, **small))
 
