@@ -43,7 +43,7 @@ def data(tmp_path_factory):
 
 
 def config(data, output_dir, **train):
-    """Three epochs of one step; a checkpoint and an evaluation after each. One decoder layer and level, but for DINO."""
+    """Three epochs of one step, each saved and scored. One decoder layer and one level, but for DINO."""
     defaults = {"epochs": 3, "eval_every": 1, "checkpoint_every": 1, "keep_last": 3}
     run = tiny.fast_config(data, output_dir, **(defaults | train))
     if train.get("model") == "dino":
