@@ -42,6 +42,17 @@ def shared_programs():
         yield
 
 
+@pytest.fixture(scope="module")
+def two_devices():
+    """What is replicated is computed on each device: two of the eight will do, and two processes have as many."""
+    from detr_jax import sharding
+
+    with pytest.MonkeyPatch.context() as patch:
+        make_mesh = sharding.make_mesh
+        patch.setattr(sharding, "make_mesh", lambda num_devices=2, **axes: make_mesh(num_devices, **axes))
+        yield
+
+
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory) -> Path:
     """A folder that holds the packages of the wheel."""

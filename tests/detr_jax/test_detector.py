@@ -191,16 +191,7 @@ def cells(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def one_device():
-    """What is replicated is computed on each device."""
-    with pytest.MonkeyPatch.context() as patch:
-        make_mesh = sharding.make_mesh
-        patch.setattr(sharding, "make_mesh", lambda num_devices=1, **axes: make_mesh(num_devices, **axes))
-        yield
-
-
-@pytest.fixture(scope="module")
-def run(cells, one_device, tmp_path_factory):
+def run(cells, two_devices, tmp_path_factory):
     """A run of two steps."""
     folder = tmp_path_factory.mktemp("run")
     training.train(tiny.fast_config(cells, folder / "run", max_steps=2))
@@ -319,7 +310,7 @@ def test_predict_on_images_of_a_data_set(run, tmp_path):
         cli.main(["predict", str(tmp_path / "other.png"), *flags])
 
 
-def test_fine_tuning_keeps_all_but_the_class_heads(cells, one_device, tmp_path, capsys):
+def test_fine_tuning_keeps_all_but_the_class_heads(cells, two_devices, tmp_path, capsys):
     config = tiny.fast_config(cells, tmp_path / "run", max_steps=1, init_from=str(tmp_path / "seven.safetensors"))
     config = dataclasses.replace(
         config, optim=dataclasses.replace(config.optim, lr=0.0, weight_decay=0.0, ema_decay=0.0)

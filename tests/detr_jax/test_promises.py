@@ -25,16 +25,7 @@ from detr_jax.checkpoints import store
 from detr_jax.data.sampler import TrainSampler
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.usefixtures("shared_programs")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def two_devices():
-    """What is replicated is computed on each device: two of the eight will do, and two processes have as many."""
-    with pytest.MonkeyPatch.context() as patch:
-        make_mesh = sharding.make_mesh
-        patch.setattr(sharding, "make_mesh", lambda num_devices=2, **axes: make_mesh(num_devices, **axes))
-        yield
+pytestmark = pytest.mark.usefixtures("two_devices", "shared_programs")
 
 
 @pytest.fixture(scope="module")

@@ -14,22 +14,13 @@ import pytest
 import tiny
 from etils import epath
 
-from detr_jax import evaluation, resuming, sharding, training
+from detr_jax import evaluation, resuming, training
 from detr_jax.checkpoints import store
 from detr_jax.errors import DataError, UserError
 from detr_jax.metric_writer import read_metrics
 from detr_jax.stall import StalledError
 
-pytestmark = pytest.mark.usefixtures("short_resnet", "shared_programs")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def two_devices():
-    """What is replicated is computed on each device: two of the eight will do."""
-    with pytest.MonkeyPatch.context() as patch:
-        make_mesh = sharding.make_mesh
-        patch.setattr(sharding, "make_mesh", lambda num_devices=2, **axes: make_mesh(num_devices, **axes))
-        yield
+pytestmark = pytest.mark.usefixtures("short_resnet", "two_devices", "shared_programs")
 
 
 @pytest.fixture(scope="module")
