@@ -546,7 +546,9 @@ class TrainConfig:
     log_every: int = 50
     """Steps between log lines."""
     eval_every: int = 1
-    """Epochs between evaluations; 0 evaluates only at the end."""
+    """Epochs between evaluations, of which the first comes after one epoch; 0 evaluates only at the end."""
+    num_pictures: int = 4
+    """Validation images drawn into `output_dir/pictures` at each evaluation: ground truth beside detections."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; one is also saved at every evaluation, at the end and on SIGTERM or Ctrl-C."""
     keep_last: int = 2
@@ -572,7 +574,7 @@ class TrainConfig:
         counts = ("batch_size", "accumulate", "fsdp", "epochs", "log_every", "checkpoint_every", "keep_last")
         for name in (*counts, "max_steps"):
             _check_at_least(1, f"train.{name}", getattr(self, name))
-        for name in ("seed", "eval_every", "keep_best", "interrupted_status"):
+        for name in ("seed", "eval_every", "num_pictures", "keep_best", "interrupted_status"):
             _check_at_least(0, f"train.{name}", getattr(self, name))
 
 

@@ -311,8 +311,8 @@ def write_pictures(folder: str, index: DatasetIndex, results: Sequence[Mapping[s
     """Draws ground truth beside detections for the first `number` images into `folder`; returns how many."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     label_of = {category_id: label for label, category_id in enumerate(index.category_ids)}
-    number = min(number, len(index))
-    for i in range(number):
+    readable = [i for i in range(len(index)) if i not in index.skipped][:number]
+    for i in readable:
         found = [result for result in results if result["image_id"] == index.image_ids[i]]
         boxes = np.array([result["bbox"] for result in found], float).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
@@ -328,7 +328,7 @@ def write_pictures(folder: str, index: DatasetIndex, results: Sequence[Mapping[s
         )
         with (Path(folder) / f"{index.image_ids[i]}.jpg").open("wb") as file:
             picture.save(file, "JPEG", quality=90)
-    return number
+    return len(readable)
 
 
 def _host_rows(array: Any) -> np.ndarray:

@@ -25,7 +25,7 @@ from detr_jax.data.pipeline import batches
 from detr_jax.data.sampler import EvalSampler, TrainSampler
 from detr_jax.data.splits import load_split
 from detr_jax.errors import UserError
-from detr_jax.evaluation import TARGETS, evaluate_model
+from detr_jax.evaluation import TARGETS, evaluate_model, write_pictures
 from detr_jax.interruption import interruption
 from detr_jax.metric_writer import MetricWriter
 from detr_jax.scoring import Scores
@@ -92,7 +92,7 @@ class Run:
         """Whether to evaluate after so many steps."""
         epoch, in_epoch = divmod(done, len(self.sampler))
         every = self.config.train.eval_every
-        return done == self.total_steps or (in_epoch == 0 and every > 0 and epoch % every == 0)
+        return done == self.total_steps or (in_epoch == 0 and every > 0 and (epoch == 1 or epoch % every == 0))
 
     def is_save_step(self, done: int) -> bool:
         """Whether to save a checkpoint after so many steps."""
@@ -179,7 +179,7 @@ def train_steps(run: Run, profile: range, interrupted: Callable[[], bool]) -> Sc
             if scores is None:
                 with metrics.paused():
                     params = state.get("ema", state["params"])
-                    scores, _ = evaluate_model(
+                    scores, results = evaluate_model(
                         detect,
                         params,
                         state["buffers"],
@@ -189,6 +189,7 @@ def train_steps(run: Run, profile: range, interrupted: Callable[[], bool]) -> Sc
                         storage_timeout=config.train.storage_timeout,
                         interrupted=interrupted,
                     )
+                    draw_results(run, results, interrupted)
                 writer.score(done, scores.as_dict())
             aps[done] = scores.AP
             metrics.write_scores(done, scores)
@@ -326,6 +327,19 @@ def compile_steps(
         return lambda *args, bucket: compiled[name, bucket](*args)
 
     return choose("train"), choose("detect")
+
+
+def draw_results(run: Run, results: Sequence[Mapping[str, Any]], interrupted: Callable[[], bool]) -> None:
+    """Draws the first validation images with what was found in them into `output_dir/pictures`, by process 0."""
+    folder, number = run.output_dir / "pictures", run.config.train.num_pictures
+    with processes.all_or_none():
+        if number and jax.process_index() == 0:
+            stall.call(
+                lambda: write_pictures(str(folder), run.val_index, results, number),
+                lambda: f"pictures in {folder}",
+                run.config.train.storage_timeout,
+                interrupted,
+            )
 
 
 def abstract_batch(
@@ -475,16 +489,29 @@ def summary(run: Run, state: State, start: int) -> str:
         f"{count(state['params']):.2f} M parameters trained, {count(state['buffers']):.2f} M frozen",
         f"train       {len(run.train_index)} images, {run.train_index.num_classes} classes, at most "
         f"{sampler.max_boxes} boxes; images up to {'x'.join(map(str, sampler.source_shape))}",
-        f"validation  {len(run.val_index)} images",
+        f"validation  {len(run.val_index)} images" + describe_first_scores(run, start),
         f"buckets     {buckets} (height x width, each compiled once)",
         f"schedule    {config.train.epochs} epochs of {len(sampler)} steps = {run.total_steps} steps; "
         f"lr {config.optim.lr:g}, x{config.optim.drop_factor:g} after step {drop_step}",
         *describe_lr(config.optim, config.train.batch_size),
-        f"output      {config.train.output_dir}" + (f", resuming at step {start}" if start else ""),
+        f"output      {config.train.output_dir}"
+        + (f", resuming at step {start}" if start else "")
+        + "; Ctrl-C saves and stops, the same command goes on",
     ]
     indexes = {"train": run.train_index, "val": run.val_index}
     lines += [f"  {name}: {line}" for name, index in indexes.items() for line in index.report]
     return "\n".join(lines + [f"  {name}: {line}" for name, index in indexes.items() for line in crowded(run, index)])
+
+
+def describe_first_scores(run: Run, start: int) -> str:
+    """When there are scores and pictures to look at, and where."""
+    epoch = len(run.sampler)
+    ends_of_epochs = range(start // epoch * epoch + epoch, run.last_step + 1, epoch)
+    step = next(filter(run.is_eval_step, ends_of_epochs), None)
+    if step is None:
+        return ""
+    pictures = f", drawn in {run.output_dir / 'pictures'}" if run.config.train.num_pictures else ""
+    return f"; scored at step {step}{pictures}"
 
 
 def describe_lr(optim: OptimConfig, batch_size: int) -> list[str]:

@@ -22,7 +22,7 @@ DATA = Path(__file__).parent / "data"
 
 def config(output_dir: str | Path = "unused", **train) -> Config:
     """Two-stage Deformable DETR with dropout on 64 x 85 pixels; keywords are fields of `TrainConfig`."""
-    defaults = {"batch_size": 8, "epochs": 2, "log_every": 1, "eval_every": 0, "checkpoint_every": 2}
+    defaults = {"batch_size": 8, "epochs": 2, "log_every": 1, "eval_every": 0, "num_pictures": 0, "checkpoint_every": 2}
     return Config(
         model=DeformableDETRConfig(
             backbone=BackboneConfig(depth=18, norm="group", freeze_at=0),

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
 from detr_jax import evaluation, sharding, train_step, training
 from detr_jax.checkpoints import store
@@ -67,7 +68,7 @@ def whole(data, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "evaluate_model", evaluate_model)
         patch.setattr(train_step, "postprocess", postprocess)
-        scores = training.train(config(data, directory))
+        scores = training.train(config(data, directory, num_pictures=2))
     assert scores is not None
     return directory, scored, traced
 
@@ -90,6 +91,14 @@ def test_three_evaluations_compile_the_detection_step_once_per_bucket(whole):
     _, scored, traced = whole
     assert len(scored) == 3
     assert list(traced.values()) == [1], traced  # sixteen images of one shape: one bucket
+
+
+def test_an_evaluation_draws_what_it_found(data, whole):
+    images = json.loads((data / "annotations/instances_val.json").read_text())["images"]
+    drawn = sorted((whole[0] / "pictures").iterdir())
+    assert [picture.name for picture in drawn] == [f"{image['id']}.jpg" for image in images[:2]]
+    with Image.open(drawn[0]) as picture:
+        assert picture.width == 2 * 720 + 3 * 12  # truth and detections, side by side
 
 
 def test_the_averaged_parameters_are_scored_and_saved(whole):

@@ -219,6 +219,21 @@ def test_patience(aps, patience, out):
     assert training.out_of_patience(aps, patience) is out
 
 
+def test_the_first_epoch_is_scored_so_that_mistakes_show_early(tmp_path):
+    run = training.Run(tiny.config(tmp_path), *[None] * 3, sampler=[None] * 10, eval_sampler=None, optimizer=None)  # pyright: ignore
+
+    def scored(**train):
+        changed = dataclasses.replace(run.config, train=dataclasses.replace(run.config.train, epochs=7, **train))
+        one = dataclasses.replace(run, config=changed)
+        return [step for step in range(1, 71) if one.is_eval_step(step)], training.describe_first_scores(one, 10)
+
+    drawn = f"drawn in {tmp_path / 'pictures'}"
+    assert scored(eval_every=3, num_pictures=1) == ([10, 30, 60, 70], f"; scored at step 30, {drawn}")
+    assert scored(eval_every=1) == ([10, 20, 30, 40, 50, 60, 70], "; scored at step 20")
+    assert scored(eval_every=0) == ([70], "; scored at step 70")
+    assert scored(eval_every=0, max_steps=25) == ([70], "")
+
+
 def test_profile_steps():
     assert training.parse_profile_steps("10:15") == range(10, 15)
     assert not training.parse_profile_steps(None)
