@@ -106,7 +106,7 @@ MUTANTS = [
             ("deformable_detr_r50_two_stage", 32, 50),
         )
         for old, new in (
-            (f"batch_size={batch}", f"batch_size={batch // 2}"),
+            (f" batch_size={batch},", f" batch_size={batch // 2},"),
             (f"epochs={epochs}", f"epochs={epochs - 1}"),
         )
     ),
@@ -187,8 +187,8 @@ MUTANTS = [
     Mutant(
         "raw parameters are evaluated",
         "detr_jax/training.py",
-        'params = state.get("ema", state["params"])\n                    scores, _',
-        'params = state["params"]\n                    scores, _',
+        'params = state.get("ema", state["params"])\n                    scores, results',
+        'params = state["params"]\n                    scores, results',
         f"{PROMISES} -k averaged",
     ),
     Mutant(
@@ -258,10 +258,10 @@ MUTANTS = [
         Mutant(
             f"{what} is not resumed",
             "detr_jax/training.py",
-            "        state = store.restore(str(run.output_dir), shapes, start, verify=False)\n",
-            "        state = init_state(run.config, run.optimizer, run.mesh, run.categories)[1]\n"
-            f'        kept = {{name: leaf for name, leaf in shapes.items() if name != "{entry}"}}\n'
-            "        state |= store.restore(str(run.output_dir), kept, start, verify=False)\n",
+            "            lambda: store.restore(str(run.output_dir), shapes, start, verify=False),\n",
+            "            lambda: init_state(run.config, run.optimizer, run.mesh, run.categories)[1]\n"
+            "            | store.restore(str(run.output_dir), "
+            f'{{name: leaf for name, leaf in shapes.items() if name != "{entry}"}}, start, verify=False),\n',
             f"{PROMISES} -k resumed",
         )
         for what, entry in (("the optimizer's state", "opt_state"), ("the average", "ema"))
