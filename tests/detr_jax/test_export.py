@@ -15,7 +15,7 @@ from PIL import Image
 from detr_jax import cli
 from detr_jax.categories import Categories
 from detr_jax.checkpoints.load import Loaded
-from detr_jax.config import BackboneConfig, DeformableDETRConfig, DETRConfig
+from detr_jax.config import BackboneConfig, DeformableDETRConfig, DETRConfig, DINOConfig
 from detr_jax.detector import Detector
 from detr_jax.export import export
 
@@ -32,6 +32,7 @@ SMALL = {
     "num_queries": 6,
 }
 DEFORMABLE = DeformableDETRConfig(**SMALL, num_levels=2, box_refinement=True, two_stage=True)
+DINO = DINOConfig(**SMALL, num_levels=2, denoising_queries=4)
 CELLS = Categories((4, 5, 9), ("RBC", "WBC", "platelet"))
 # Imports fail as where the packages are not installed.
 ALONE = """
@@ -52,7 +53,7 @@ def loaded(config) -> Loaded:
     return Loaded(config, model, CELLS, classification, 64, 96, "random weights")
 
 
-@pytest.mark.parametrize("config", [DEFORMABLE, DETRConfig(**SMALL)], ids=["deformable", "detr"])
+@pytest.mark.parametrize("config", [DEFORMABLE, DINO, DETRConfig(**SMALL)], ids=["deformable", "dino", "detr"])
 def test_runs_alone_and_finds_the_same(config, tmp_path):
     detector = loaded(config)
     detector.save(tmp_path / "run")
