@@ -76,7 +76,7 @@ def main() -> None:
     cases = [("none", layers.Dropout, 0.0), ("ours", layers.Dropout, RATE), ("flax.nnx.Dropout", FlaxDropout, RATE)]
     for name, dropout, rate in cases:
         cycles, size = count(generation, dropout, rate)
-        ms = cycles / ahead_of_time.CLOCK_GHZ[generation] / 1e3
+        ms = cycles / ahead_of_time.CLOCK_GHZ[generation]
         print(f"{name:<18}rate {rate:<5g}{cycles:>9.2f}{ms:>7.2f}{size:>7.2f}", flush=True)
 
 

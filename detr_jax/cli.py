@@ -153,8 +153,8 @@ class EvalOptions:
     """How many."""
     tta: bool = False
     """Test-time augmentation: every image at the scales of `tta_scales`, also flipped, the boxes merged."""
-    tta_scales: tuple[int, ...] = TTAConfig.scales
-    """The shorter sides, in pixels."""
+    tta_scales: tuple[int, ...] | None = TTAConfig.scales
+    """The shorter sides, in pixels; None: 0.75, 1, 1.25 and 1.5 times that of evaluation."""
     mask_padding: bool | None = None
     """Mask the padding in every layer: the official result at batch 1. None takes the checkpoint's."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)

@@ -607,23 +607,24 @@ class Config:
 class TTAConfig:
     """Test-time augmentation: the views of an image, and how their boxes are merged (`detr_jax.tta`)."""
 
-    scales: tuple[int, ...] = (600, 800, 1000, 1200)
-    """The shorter side in each view; the longest possible one grows with it."""
+    scales: tuple[int, ...] | None = None
+    """The shorter side in each view; the longest possible one grows with it. `None`: 0.75, 1, 1.25 and 1.5 times that
+    of evaluation, which is 600, 800, 1000 and 1200 for the published models."""
     flip: bool = True
     """Each scale also flipped left to right."""
     iou: float = 0.55
     """Boxes of one class that overlap more than this are one object; the library's default."""
 
     def __post_init__(self):
-        if not self.scales or min(self.scales) < 1:
+        if self.scales is not None and (not self.scales or min(self.scales) < 1):
             raise UserError(f"tta.scales={self.scales}: expected at least one size in pixels")
         if not 0 <= self.iou < 1:
             raise UserError(f"tta.iou={self.iou}: expected at least 0 and less than 1")
 
-    @property
-    def views(self) -> list[tuple[int, bool]]:
-        """(scale, flipped) of each view."""
-        return [(scale, flip) for scale in self.scales for flip in (False, True)[: 1 + self.flip]]
+    def views(self, eval_scale: int) -> list[tuple[int, bool]]:
+        """(scale, flipped) of each view of a detector whose usual scale is `eval_scale`."""
+        scales = self.scales or tuple(round(factor * eval_scale) for factor in (0.75, 1, 1.25, 1.5))
+        return [(scale, flip) for scale in scales for flip in (False, True)[: 1 + self.flip]]
 
 
 def from_dict(values: Mapping[str, Any], model: str, where: object = "config") -> Config:

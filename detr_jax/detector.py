@@ -144,7 +144,7 @@ class Detector:
             size: Detector(
                 loaded, scale=size, max_size=scaled_max_size(size, self.scale, self.max_size), batch_size=batch_size
             )
-            for size in (tta.scales if tta else ())
+            for size in dict(tta.views(self.scale) if tta else ())
         }
 
     @classmethod
@@ -213,15 +213,15 @@ class Detector:
 
     def _detect_views(self, images: Iterable[ImageLike], threshold: float, tta: TTAConfig) -> Iterator[Detections]:
         """`detect` with test-time augmentation; an image is opened once."""
-        views = []
-        copies = itertools.tee(map(open_image, images), len(tta.views))
-        for (scale, flip), copy in zip(tta.views, copies, strict=True):
+        places, views = tta.views(self.scale), []
+        copies = itertools.tee(map(open_image, images), len(places))
+        for (scale, flip), copy in zip(places, copies, strict=True):
             views.append(self._scaled[scale].detect(map(ImageOps.mirror, copy) if flip else copy, threshold=0.0))
         for found in zip(*views, strict=True):
             image = found[0].image
             boxes = [
                 Boxes(z.scores, z.labels, flip_boxes(z.boxes_xyxy, image.width) if flip else z.boxes_xyxy)
-                for z, (_, flip) in zip(found, tta.views, strict=True)
+                for z, (_, flip) in zip(found, places, strict=True)
             ]
             merged = merge(boxes, tta.iou)
             kept = merged.scores >= threshold

@@ -120,7 +120,7 @@ def detect_views(
     """
     graphdef, params, buffers = model
     views: list[list[Boxes]] = []
-    for scale, flip in tta.views:
+    for scale, flip in tta.views(config.data.eval_scale):
         longest = scaled_max_size(scale, config.data.eval_scale, config.data.max_size)
         data = dataclasses.replace(config.data, eval_scale=scale, max_size=longest, buckets=None)
         sampler = EvalSampler(index, data, batch_size, flip=flip)
@@ -192,7 +192,7 @@ def evaluate_checkpoint(
             detections = detect_views(config, (graphdef, params, buffers), index, tta, batch_size, mesh)
     scores = score_images(index, detections) if index.annotated else None
     if jax.process_index() == 0:
-        views = [] if tta is None else [f"test-time augmentation: {len(tta.views)} views, scales {tta.scales}"]
+        views = [] if tta is None else [describe_views(tta.views(data.eval_scale))]
         table = [scores.table()] if scores else []
         print("\n".join([loaded.report, f"{len(index)} images", *index.report, *views, *table]))
         if results:
@@ -305,6 +305,11 @@ def score_images(index: DatasetIndex, results: Sequence[Mapping[str, Any]]) -> S
         if jax.process_index() == 0:
             print(f"{len(left_out)} of {len(index)} images cannot be read and are not scored", flush=True)
     return score(truth, results)
+
+
+def describe_views(views: Sequence[tuple[int, bool]]) -> str:
+    """A line about test-time augmentation."""
+    return f"test-time augmentation: {len(views)} views, scales {', '.join(map(str, dict(views)))}"
 
 
 def write_pictures(folder: str, index: DatasetIndex, results: Sequence[Mapping[str, Any]], number: int) -> int:

@@ -299,7 +299,10 @@ class Count:
 
     @classmethod
     def of(cls, bundles: list[ahead_of_time.Bundle]) -> "Count":
-        """The grid's loop is the outermost; the longest loop in it without a constant length goes over the tiles."""
+        """The grid's loop is the outermost. In it, the one with another inside goes over the tiles.
+
+        Without such a one, it is the longest without a constant length.
+        """
         loops: list[list[ahead_of_time.Bundle]] = []
         for bundle in bundles:
             if bundle.depth >= 2 and (not loops or (bundle.begins and bundle.depth == 2)):
@@ -307,13 +310,18 @@ class Count:
             if bundle.depth >= 2:
                 loops[-1].append(bundle)
         trips = [next((bundle.trips for bundle in loop if bundle.trips), None) for loop in loops]
-        open_ended = [loop for loop, count in zip(loops, trips, strict=True) if count is None]
-        over_tiles = max(open_ended, key=lambda loop: (any(bundle.depth > 2 for bundle in loop), len(loop)))
+
+        def rank(i: int) -> tuple[bool, bool, int]:
+            return any(bundle.depth > 2 for bundle in loops[i]), trips[i] is None, len(loops[i])
+
+        over_tiles = loops[max(range(len(loops)), key=rank)]
         iteration = sum(bundle.depth > 2 for bundle in over_tiles)
         return cls(
             iteration=iteration,
             tile=len(over_tiles) - iteration,
-            head=sum(len(loop) * count for loop, count in zip(loops, trips, strict=True) if count),
+            head=sum(
+                len(loop) * count for loop, count in zip(loops, trips, strict=True) if count and loop is not over_tiles
+            ),
             step=sum(bundle.depth == 1 for bundle in bundles),
         )
 

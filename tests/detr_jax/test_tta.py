@@ -82,6 +82,12 @@ def test_impossible_views(fields, message):
         TTAConfig(**fields)
 
 
+def test_scales_follow_the_detector():
+    assert dict(TTAConfig().views(800)).keys() == {600, 800, 1000, 1200}
+    assert TTAConfig().views(240) == [(size, flip) for size in (180, 240, 300, 360) for flip in (False, True)]
+    assert TTAConfig(scales=(64,), flip=False).views(240) == [(64, False)]
+
+
 CONFIG = DeformableDETRConfig(
     backbone=BackboneConfig(depth=18),
     num_classes=3,

@@ -31,13 +31,20 @@ KERNEL = """\
    0xa LB: >> { %9 = vld }
    0xb   : > { %p10 = scmp.ge.s32.totalorder %s9, 2 /* loop exit test */ }
 """
+COUNT = bench.Count(iteration=3, tile=2, head=2 * 7, step=3)
 
 
 def test_bundles_of_a_kernel_by_loop(tmp_path):
     """Constant loops run once a head, the longest other one goes over tiles, what is in it over iterations."""
     (tmp_path / "18-my_kernel.1-01-final_bundles.txt").write_text(KERNEL)
-    count = bench.Count.of(ahead_of_time.bundles(tmp_path, "my_kernel.1"))
-    assert count == bench.Count(iteration=3, tile=2, head=2 * 7, step=3)
+    assert bench.Count.of(ahead_of_time.bundles(tmp_path, "my_kernel.1")) == COUNT
+
+
+def test_bundles_of_a_kernel_with_few_tiles(tmp_path):
+    """Where a grid step has all tiles, as for 300 queries, their loop has a constant length too."""
+    few = KERNEL.replace("{ %8 = vld }", "{ %p8 = scmp.ge.s32.totalorder %s8, 3 /* loop exit test */ }")
+    (tmp_path / "18-my_kernel.1-01-final_bundles.txt").write_text(few)
+    assert bench.Count.of(ahead_of_time.bundles(tmp_path, "my_kernel.1")) == COUNT
 
 
 def test_timing_on_a_device(capsys):
