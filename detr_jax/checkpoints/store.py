@@ -10,6 +10,7 @@ were, and the next `CheckpointWriter` removes the half-written one. The scores o
 `scores.json`, since a checkpoint is saved before it is scored.
 """
 
+import contextlib
 import errno
 import json
 import logging
@@ -68,7 +69,7 @@ class CheckpointWriter:
             preservation_policy=_LastAndBest(keep_last, keep_best, self._aps),
             cleanup_tmp_directories=True,
         )
-        self._timeout, self._stalled = timeout, False
+        self._timeout, self._stalled, self._failed = timeout, False, False
         self._pending: tuple[int, Future[None]] | None = None
 
     def save(
@@ -144,7 +145,9 @@ class CheckpointWriter:
             self.wait()
         finally:
             if not self._stalled:
-                self._checkpointer.close()
+                # orbax raises the error of a failed save again, which has been reported.
+                with contextlib.suppress(Exception) if self._failed else contextlib.nullcontext():
+                    self._checkpointer.close()
 
     def __enter__(self) -> "CheckpointWriter":
         return self
@@ -164,6 +167,7 @@ class CheckpointWriter:
             future.set_exception(self._failure(step, error))
 
     def _failure(self, step: int, error: Exception) -> OSError:
+        self._failed = True
         full = "No space left on device" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
         reason = "no space left on device" if full else str(error).splitlines()[0] if str(error) else repr(error)
         finished = (

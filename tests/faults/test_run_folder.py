@@ -220,7 +220,6 @@ def test_the_first_signal_asks_and_the_second_one_ends_as_usual():
         signal.signal(signal.SIGTERM, usual)
 
 
-@pytest.mark.slow
 def test_a_full_disk_for_real():
     program = """
 import numpy as np
