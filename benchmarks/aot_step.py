@@ -1,9 +1,9 @@
 """A whole training step compiled ahead of time for one TPU chip: does it fit, and where do its cycles go?
 
-The step is the one that `train.py` runs, as `detr-jax plan` compiles it: resampling, R50 two-stage Deformable DETR or
-DINO-4scale with its denoising queries, bfloat16, matching on the device, losses, backward and the AdamW update, with
-boxes and image sizes as in COCO. Nothing runs and no TPU is needed; each path compiles for five minutes or more on two
-cores.
+The step is the one that `train.py` runs, as `detr-jax plan` compiles it: resampling, R50 two-stage Deformable DETR
+(`dcn`: with deformable convolutions in the backbone) or DINO-4scale with its denoising queries, bfloat16, matching on
+the device, losses, backward and the AdamW update, with boxes and image sizes as in COCO. Nothing runs and no TPU is
+needed; each path compiles for five minutes or more on two cores.
 
     pip install 'libtpu==0.0.42.*'
     JAX_PLATFORMS=cpu python benchmarks/aot_step.py
@@ -13,7 +13,7 @@ The first form compares implementations of the attention. Memory is what the com
 XLA's estimates, and bundles of kernels and gathers, at an assumed clock (`pallas_kernels.ahead_of_time` says what that
 leaves out): sorts, and waiting. The matching's loops, whose length depends on the data, count once. Gathers and kernels
 are the attention's, of layers that are compiled once more, each for itself. The kernels' share assumes offsets that
-spread by 2 pixels.
+spread by 2 pixels. Kernels of deformable convolutions are not in it: `benchmarks/deform_conv.py` counts those.
 
 The second form, for the first implementation, lists the parts of the step and its most expensive operations, those of
 equal layers together, with the line of the source that made them. `FLOP` and `HBM` are the time that an operation's
@@ -37,8 +37,13 @@ from pallas_kernels import ahead_of_time
 from pallas_kernels.compiled_program import Operation, Program
 from pallas_kernels.ms_deform_attn.bench import layer_bundles
 
+TWO_STAGE = DeformableDETRConfig.r50_two_stage()
 MODELS = {
-    "two_stage": (DeformableDETRConfig.r50_two_stage(), LossConfig()),
+    "two_stage": (TWO_STAGE, LossConfig()),
+    "dcn": (
+        dataclasses.replace(TWO_STAGE, backbone=dataclasses.replace(TWO_STAGE.backbone, deform_version=2)),
+        LossConfig(),
+    ),
     "dino": (DINOConfig.r50_4scale(), LossConfig.dino()),
 }
 PARTS = (
