@@ -3,6 +3,7 @@
 import contextlib
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +13,7 @@ import jax
 from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
+from detr_jax.errors import UserError
 from detr_jax.stall import wait_for
 
 Bucket = tuple[int, int]
@@ -52,6 +54,7 @@ def compile_buckets(
         The compiled programs, by the same keys.
 
     Raises:
+        UserError: a program does not fit into the devices' memory; says what to change.
         Interrupted: `interrupted()` became true. The compiler cannot be stopped: its threads end with the process.
     """
     todo: queue.SimpleQueue[tuple[tuple[str, Bucket], Callable[[], Any]]] = queue.SimpleQueue()
@@ -80,10 +83,35 @@ def compile_buckets(
         key, program, seconds = wait_for(
             lambda wait: done.get(timeout=wait), lambda: "the compiler", float("inf"), interrupted
         )
+        name, (height, width) = key
         if isinstance(program, Exception):
+            if missing := missing_memory(program):
+                raise UserError(
+                    f"{name} {height}x{width} does not fit into a device's memory: {missing}. Take a smaller "
+                    "--train.batch-size, --train.accumulate 2, --model.dtype bfloat16 or --model.remat layers "
+                    "(docs/training.md, 'Memory and batch size'); detr-jax plan tries them without the devices"
+                ) from program
             raise program
         compiled[key] = program
         if report:
-            name, (height, width) = key
-            print(f"compiled {number}/{len(programs)}  {name} {height}x{width}  {seconds:.1f} s", flush=True)
+            line = f"compiled {number}/{len(programs)}  {name} {height}x{width}  {seconds:.1f} s"
+            print(f"{line}  {describe_memory(program)}", flush=True)
     return compiled
+
+
+def missing_memory(error: Exception) -> str:
+    """What the compiler says of a program that needs more memory than a device has; empty for other errors."""
+    message = str(error)
+    if not isinstance(error, jax.errors.JaxRuntimeError) or "RESOURCE_EXHAUSTED" not in message:
+        return ""
+    found = re.search(r"Used [\d.]+\w? of [\d.]+\w? hbm", message)
+    return found[0] if found else message.splitlines()[0]
+
+
+def describe_memory(program: Any) -> str:
+    """What a compiled program needs of each device's memory: arrays that are given to it, temporary ones, its code."""
+    sizes = program.memory_analysis()
+    if sizes is None:  # not every platform says
+        return ""
+    total = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + sizes.generated_code_size_in_bytes
+    return f"{total / 2**30:.2f} GiB per device"

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from detr_jax import sharding
+from detr_jax.compilation import missing_memory
 from detr_jax.config import Config, DeformableDETRConfig, DINOConfig
 from detr_jax.data.buckets import Bucket
 from detr_jax.data.index import DatasetIndex
@@ -195,9 +196,9 @@ def plan_step(
     try:
         compiled, state, batch = compile_step(config, sampler, mesh, bucket)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not (missing := missing_memory(error)):
             raise
-        return step(time.perf_counter() - start, False, _what_is_missing(str(error)))
+        return step(time.perf_counter() - start, False, missing)
     seconds = time.perf_counter() - start
     sizes: Any = compiled.memory_analysis()
     memory = Memory(
@@ -264,9 +265,3 @@ def attention_layers(config: Config, max_boxes: int, bucket: Bucket) -> list[tup
 @functools.cache
 def _layer_bundles(shape: Shape, generation: str, implementation: str) -> tuple[float, float]:
     return ahead_of_time.apart(layer_bundles, shape, generation, implementation, SPREAD)
-
-
-def _what_is_missing(message: str) -> str:
-    """The sentence of the compiler's message that says how much memory it would need."""
-    found = re.search(r"Used [\d.]+\w? of [\d.]+\w? hbm", message)
-    return found[0] if found else message.splitlines()[0]

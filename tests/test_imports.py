@@ -15,7 +15,7 @@ ALLOWED = {
     "errors": set(),
     "stall": set(),
     "interruption": set(),
-    "compilation": {"stall"},
+    "compilation": {"errors", "stall"},
     "run_folder": {"errors"},
     "processes": {"errors", "stall"},
     "resuming": {"checkpoints", "errors"},
@@ -48,7 +48,8 @@ ALLOWED = {
         "metric_writer", "processes", "resuming", "run_folder", "scoring", "sharding", "stall", "train_step",
     },
     "plan": {
-        "config", "data", "denoising", "errors", "pallas_kernels", "plan_report", "sharding", "train_step", "training",
+        "compilation", "config", "data", "denoising", "errors", "pallas_kernels", "plan_report", "sharding",
+        "train_step", "training",
     },
     "plan_report": set(),
     "export_standalone": {"data", "errors"},

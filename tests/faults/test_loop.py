@@ -14,7 +14,7 @@ import pytest
 import tiny
 from etils import epath
 
-from detr_jax import evaluation, resuming, training
+from detr_jax import compilation, evaluation, resuming, training
 from detr_jax.checkpoints import store
 from detr_jax.errors import DataError, UserError
 from detr_jax.metric_writer import read_metrics
@@ -232,6 +232,26 @@ def test_the_first_epoch_is_scored_so_that_mistakes_show_early(tmp_path):
     assert scored(eval_every=1) == ([10, 20, 30, 40, 50, 60, 70], "; scored at step 20")
     assert scored(eval_every=0) == ([70], "; scored at step 70")
     assert scored(eval_every=0, max_steps=25) == ([70], "")
+
+
+def test_a_step_that_needs_too_much_memory_says_what_to_change():
+    class Lowered:
+        def __init__(self, message):
+            self.message = message
+
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(self.message)
+
+    def compile_one(message):
+        programs = {("train", (800, 1344)): lambda: Lowered(message)}
+        return compilation.compile_buckets(programs, jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]))
+
+    tpu = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Used 18.06G of 15.75G hbm. Exceeded hbm capacity"
+    cure = r"Take a smaller --train\.batch-size, .*--model\.remat layers"
+    with pytest.raises(UserError, match=rf"train 800x1344 does not fit .*: Used 18\.06G of 15\.75G hbm\. {cure}"):
+        compile_one(tpu)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
+        compile_one("INTERNAL: a bug")
 
 
 def test_profile_steps():
