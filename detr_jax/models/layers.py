@@ -1,5 +1,6 @@
 """Small building blocks with PyTorch's default initialization, which the published configs rely on."""
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -75,10 +76,36 @@ class Dropout(nnx.Module):
         self.rate = rate
 
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
+        key = self.draw_key(rngs)
+        return x if key is None else dropout(x, key, self.rate)
+
+    def draw_key(self, rngs: nnx.Rngs | None) -> jax.Array | None:
+        """Two words for `dropout`; `None` where nothing is to be dropped."""
         if rngs is None or self.rate == 0:
-            return x
-        bits = hash_places(jax.random.key_data(rngs.dropout()).astype(jnp.uint32), x.shape)
-        return jnp.where(bits >= jnp.uint32(round(self.rate * 2**32)), x / (1 - self.rate), 0)
+            return None
+        return jax.random.key_data(rngs.dropout()).astype(jnp.uint32)
+
+
+def dropout(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:
+    """0 in a share `rate` of the places, picked by a hash of `key` (two words); the others are scaled up."""
+    return jnp.where(hash_places(key, x.shape) >= jnp.uint32(round(rate * 2**32)), x / (1 - rate), 0)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def relu(x: jax.Array, key: jax.Array | None = None, rate: float = 0.0) -> jax.Array:
+    """`max(x, 0)`, and dropout if there is a key.
+
+    The derivative is 0 where the result is, and 1 / (1 - rate) elsewhere. So nothing is kept for it but the result,
+    which the next layer keeps anyway: no mask, no input, no random bits.
+    """
+    x = jnp.maximum(x, 0)
+    return x if key is None else dropout(x, key, rate)
+
+
+@relu.defjvp
+def _relu_jvp(rate, primals, tangents):
+    output = relu(*primals, rate)
+    return output, jnp.where(output != 0, tangents[0] / (1 - rate), 0)
 
 
 def hash_places(key: jax.Array, shape: Sequence[int]) -> jax.Array:
@@ -111,7 +138,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for layer in self.layers[:-1]:
-            x = nnx.relu(layer(x))
+            x = relu(layer(x))
         return self.layers[-1](x)
 
 
@@ -125,7 +152,8 @@ class FeedForward(nnx.Module):
         self.dropout = Dropout(dropout)
 
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
-        return self.linear2(self.dropout(nnx.relu(self.linear1(x)), rngs))
+        x = relu(self.linear1(x), self.dropout.draw_key(rngs), self.dropout.rate)
+        return self.linear2(x)
 
 
 def inverse_sigmoid(x: jax.Array, eps: float = 1e-5) -> jax.Array:

@@ -5,7 +5,7 @@ from flax import nnx
 
 from detr_jax.config import BackboneConfig
 from detr_jax.models.deform_conv import DeformConv
-from detr_jax.models.layers import Conv, FrozenBatchNorm, GroupNorm, max_pool, recompute
+from detr_jax.models.layers import Conv, FrozenBatchNorm, GroupNorm, max_pool, recompute, relu
 from detr_jax.models.padding import valid_cells, zero_padding
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -68,8 +68,8 @@ class Block(nnx.Module):
             valid = valid_in if i < self.stride_at else valid_out
             x = normalize(conv(x), valid)
             if i < last:
-                x = zero_padding(nnx.relu(x), valid)
-        return zero_padding(nnx.relu(x + shortcut), valid_out)
+                x = zero_padding(relu(x), valid)
+        return zero_padding(relu(x + shortcut), valid_out)
 
 
 class ResNet(nnx.Module):
@@ -117,7 +117,7 @@ class ResNet(nnx.Module):
         with jax.named_scope("stem"):
             x = self.stem_conv(zero_padding(images, valid_at(images)))
             stride = 2
-            x = nnx.relu(self.stem_norm(x, valid_at(x)))
+            x = relu(self.stem_norm(x, valid_at(x)))
             x = zero_padding(x, valid_at(x))
             x = max_pool(x)
             stride = 4

@@ -15,7 +15,7 @@ from transformers_weights import load, random_weights
 from detr_jax.config import BackboneConfig, DeformableDETRConfig, DETRConfig, DINOConfig
 from detr_jax.models import build, build_abstract, split
 from detr_jax.models.attention import offset_directions
-from detr_jax.models.layers import Dropout, GroupNorm, max_pool
+from detr_jax.models.layers import Dropout, GroupNorm, dropout, max_pool, relu
 from detr_jax.models.position import LearnedMap
 from detr_jax.models.resnet import ResNet
 
@@ -246,10 +246,29 @@ def test_dropout_keeps_the_mean():
         np.testing.assert_allclose((a & b).mean(), 0.01, atol=0.001)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_relu_and_its_dropout_differentiate_as_their_definition(dtype):
+    """Bit for bit, in both modes; zeros, where the derivative is 0, included."""
+    rng = np.random.default_rng(0)
+    x, g = (jnp.asarray(rng.integers(-3, 4, (7, 130)) / 3, dtype) for _ in range(2))
+    key, rate = jnp.array([1, 2], jnp.uint32), 0.3
+    for ours, definition in (
+        (relu, nnx.relu),
+        (lambda x: relu(x, key, rate), lambda x: dropout(nnx.relu(x), key, rate)),
+    ):
+        for differentiate in (
+            lambda f: (f(x), *jax.vjp(f, x)[1](g)),
+            lambda f: jax.jvp(f, (x,), (g,)),
+        ):
+            for got, expected in zip(differentiate(ours), differentiate(definition), strict=True):
+                assert got.dtype == dtype
+                np.testing.assert_array_equal(got, expected)
+
+
 def test_dropout_is_the_same_on_any_number_of_devices():
     x = jnp.ones((8, 6, 32))
-    dropout = jax.jit(lambda x: Dropout(0.5)(x, nnx.Rngs(3)))
+    drop = jax.jit(lambda x: Dropout(0.5)(x, nnx.Rngs(3)))
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     split = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.P("data")))
-    np.testing.assert_array_equal(dropout(split), dropout(x))
-    assert not re.search(r"all-(gather|reduce|to-all)", dropout.lower(split).compile().as_text())
+    np.testing.assert_array_equal(drop(split), drop(x))
+    assert not re.search(r"all-(gather|reduce|to-all)", drop.lower(split).compile().as_text())
