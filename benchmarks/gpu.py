@@ -1,5 +1,8 @@
 """Multi-scale deformable attention on an NVIDIA GPU: the Pallas kernel against XLA's gathers and the official CUDA op.
 
+`gpu` is the kernel that `implementation="gpu"` runs. Where that is Triton's, and JAX has Mosaic GPU too, `mosaic` is
+the other one.
+
 For each size, type and batch, all implementations first have to agree with the reference, output and gradients; then
 they are timed in turn, compilation left out. Ratios are times divided by the kernel's: above 1, the kernel is faster.
 Calls follow each other without waiting, but Python dispatches each: 0.05 ms or so is the least that this can show.
@@ -26,7 +29,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.ms_deform_attn import gpu_triton
 from pallas_kernels.ms_deform_attn.gpu import ms_deform_attn_gpu
+from pallas_kernels.ms_deform_attn.gpu_mosaic import mosaic, ms_deform_attn_gpu_mosaic
 from pallas_kernels.ms_deform_attn.reference import ms_deform_attn_reference
 from pallas_kernels.ms_deform_attn.shapes import SHAPES, Shape, problem
 from pallas_kernels.ms_deform_attn.xla import ms_deform_attn_xla
@@ -105,6 +110,8 @@ def compare(
         "xla": ms_deform_attn_xla,
         "reference": ms_deform_attn_reference,
     }
+    if not interpret and gpu_triton.plt is not None and mosaic() is not None:
+        kernels["mosaic"] = ms_deform_attn_gpu_mosaic
     times = {}
     for part, wrap in (("forward", forward), ("forward+backward", forward_backward)):
         runs = {

@@ -76,7 +76,8 @@ def ms_deform_attn_gpu_mosaic(
     index = index.reshape(b * h, -1, queries).swapaxes(1, 2)
     share = jnp.moveaxis(share.reshape(b * h, -1, 4, queries), 3, 1)
     index += _cell_count(spatial_shapes) * jnp.arange(b * h, dtype=jnp.int32)[:, None, None]
-    output = _attend(spatial_shapes, value.swapaxes(1, 2).reshape(b * h, s, d), index, share, interpret)
+    value = value.swapaxes(1, 2).reshape(b * h, s, d)
+    output: jax.Array = _attend(spatial_shapes, value, index, share, interpret)
     return output.reshape(b, h, queries, d).swapaxes(1, 2)
 
 
