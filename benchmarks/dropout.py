@@ -33,11 +33,19 @@ class FlaxDropout(nnx.Module):
         return self.dropout(x, rngs=rngs)
 
 
+class FlaxFeedForward(layers.FeedForward):
+    """Ours draws its bits within its ReLU."""
+
+    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
+        return self.linear2(self.dropout(layers.relu(self.linear1(x)), rngs))
+
+
 class Block(nnx.Module):
     """What an encoder layer does after its attention."""
 
     def __init__(self, dropout: type, rate: float, rngs: nnx.Rngs):
-        self.ffn = layers.FeedForward(CHANNELS, HIDDEN, rate, dtype="bfloat16", rngs=rngs)
+        feed_forward = FlaxFeedForward if dropout is FlaxDropout else layers.FeedForward
+        self.ffn = feed_forward(CHANNELS, HIDDEN, rate, dtype="bfloat16", rngs=rngs)
         self.ffn.dropout, self.dropout = dropout(rate), dropout(rate)
         self.norm1, self.norm2 = (layers.layer_norm(CHANNELS, dtype="bfloat16", rngs=rngs) for _ in range(2))
 
