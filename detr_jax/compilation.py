@@ -109,9 +109,10 @@ def missing_memory(error: Exception) -> str:
 
 
 def describe_memory(program: Any) -> str:
-    """What a compiled program needs of each device's memory: arrays that are given to it, temporary ones, its code."""
+    """What a compiled program needs of each device's memory: its arguments, results, temporary arrays and code."""
     sizes = program.memory_analysis()
     if sizes is None:  # not every platform says
         return ""
-    total = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + sizes.generated_code_size_in_bytes
-    return f"{total / 2**30:.2f} GiB per device"
+    results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes  # without those in the place of arguments
+    inside = sizes.temp_size_in_bytes + sizes.generated_code_size_in_bytes
+    return f"{(sizes.argument_size_in_bytes + results + inside) / 2**30:.2f} GiB per device"

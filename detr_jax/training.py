@@ -176,6 +176,7 @@ def train_steps(run: Run, profile: range, interrupted: Callable[[], bool]) -> Sc
                 writer.save(done, state, {**metadata, "interval": metrics.interval(), "aps": aps})
 
         def evaluate(scores: Scores | None = None) -> Scores:
+            results = None
             if scores is None:
                 with metrics.paused():
                     params = state.get("ema", state["params"])
@@ -189,10 +190,12 @@ def train_steps(run: Run, profile: range, interrupted: Callable[[], bool]) -> Sc
                         storage_timeout=config.train.storage_timeout,
                         interrupted=interrupted,
                     )
-                    draw_results(run, results, interrupted)
                 writer.score(done, scores.as_dict())
             aps[done] = scores.AP
             metrics.write_scores(done, scores)
+            if results is not None:
+                with metrics.paused():
+                    draw_results(run, results, interrupted)
             return scores
 
         with ending(save, done=lambda: done):

@@ -104,6 +104,7 @@ def in_tiles(
 
     sizes = np.repeat([(width, height) for height, width in order.spatial_shapes], points, 0)[:, :, None]
     width, height = sizes[:, 0], sizes[:, 1]
+    # Split, not indexed: the derivative is a concatenation, not a sum of padded arrays, which XLA would copy.
     x, y = (rows(z[..., 0]) for z in lax.split(sampling_locations, (1, 1), axis=-1))
     x, y = x * width - 0.5, y * height - 0.5
     return drop_outside(x, y, rows(attention_weights), np.pad(is_query, (0, -q % TILE)), width, height)

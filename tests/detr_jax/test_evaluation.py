@@ -1,5 +1,6 @@
 import contextlib
 import copy
+import dataclasses
 import io
 import json
 import re
@@ -15,7 +16,7 @@ from detr_jax import sharding
 from detr_jax.config import DataConfig
 from detr_jax.data.sampler import EvalSampler
 from detr_jax.data.splits import load_split
-from detr_jax.evaluation import evaluate
+from detr_jax.evaluation import evaluate, write_pictures
 from detr_jax.postprocess import coco_results, postprocess, write_results
 from detr_jax.scoring import score
 
@@ -238,3 +239,9 @@ def test_an_image_left_out_or_seen_twice_is_an_error(index, broken, times):
 def test_no_batch_is_an_error(index):
     with pytest.raises(ValueError, match="nothing to evaluate"):
         evaluate(lambda bucket, batch: None, [], index)
+
+
+def test_pictures_leave_out_images_that_were_skipped(index, tmp_path):
+    damaged = dataclasses.replace(index, skipped={0: "damaged"})
+    assert write_pictures(str(tmp_path), damaged, [], 2) == 2
+    assert {path.stem for path in tmp_path.iterdir()} == {str(image_id) for image_id in index.image_ids[1:3]}

@@ -1,8 +1,10 @@
 """The loop, with the product's own step: whatever ends a run, its good steps are saved and the next start goes on."""
 
 import dataclasses
+import functools
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -234,6 +236,16 @@ def test_the_first_epoch_is_scored_so_that_mistakes_show_early(tmp_path):
     assert scored(eval_every=0, max_steps=25) == ([70], "")
 
 
+def test_scores_are_kept_where_drawing_fails(tmp_path, config, monkeypatch):
+    def full(*args):
+        raise OSError("no space for pictures")
+
+    monkeypatch.setattr(training, "write_pictures", full)
+    with pytest.raises(OSError, match="no space for pictures"):
+        training.train(config(tmp_path, num_pictures=1))
+    assert "val/AP" in numbers(tmp_path)[-1]
+
+
 def test_a_step_that_needs_too_much_memory_says_what_to_change():
     class Lowered:
         def __init__(self, message):
@@ -252,6 +264,16 @@ def test_a_step_that_needs_too_much_memory_says_what_to_change():
         compile_one(tpu)
     with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
         compile_one("INTERNAL: a bug")
+
+
+def test_a_compiled_program_says_its_memory(capsys):
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    for donated, total in ((), "2.00"), ((0,), "1.00"):
+        add = jax.jit(lambda x: x + 1, donate_argnums=donated)
+        lower = functools.partial(add.lower, jax.ShapeDtypeStruct((2**28,), np.float32))
+        compilation.compile_buckets({("train", (64, 85)): lower}, mesh)
+        said = capsys.readouterr().out
+        assert re.fullmatch(rf"compiled 1/1  train 64x85  [\d.]+ s  {total} GiB per device\n", said)
 
 
 def test_profile_steps():
