@@ -9,13 +9,15 @@ of new layers on normal noise: what a query gives each key at the start of the t
 """
 
 import argparse
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from detr_jax.models.attention import MSDeformAttn, MultiHeadAttention
+from detr_jax.models.attention import MSDeformAttn, MultiHeadAttention, Tokens
 from detr_jax.models.deform_conv import DeformConv
 from detr_jax.models.layers import Conv
 
@@ -63,11 +65,9 @@ def main() -> None:
     weights = captured(attention, lambda module: module(x, x, x))
     print(line("DETR, C5", tokens, weights))
     query = x[:, :100]
-    points = jnp.full((1, 100, 4, 2), 0.5)
-    small = [(4, 4), (2, 2), (1, 1), (1, 1)]
-    tokens_small = jnp.zeros((1, sum(h * w for h, w in small), C))
-    module = MSDeformAttn(C, HEADS, 4, POINTS, rngs=nnx.Rngs(0))
-    weights = captured(module, lambda m: m(query, points, tokens_small, small, jnp.ones(tokens_small.shape[:2], bool)))
+    points = jnp.full((*query.shape[:2], 4, 2), 0.5)
+    small = new_tokens([(4, 4), (2, 2), (1, 1), (1, 1)])
+    weights = captured(MSDeformAttn(C, HEADS, 4, POINTS, rngs=nnx.Rngs(0)), lambda module: module(query, points, small))
     print(line("Deformable DETR", 4 * POINTS, weights))
 
 
@@ -87,30 +87,33 @@ def captured(module: nnx.Module, run) -> np.ndarray:
 def operations(module: nnx.Module, *inputs) -> float:
     """Multiply-adds that XLA counts in a call of a module."""
     graphdef, state = nnx.split(module)
-    lowered = jax.jit(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs)).lower(state, *inputs)
-    return lowered.cost_analysis()["flops"] / 2
+
+    def call(state: nnx.State, *inputs) -> jax.Array:
+        merged: Any = nnx.merge(graphdef, state)
+        return merged(*inputs)
+
+    cost = jax.jit(call).lower(state, *inputs).cost_analysis()
+    assert cost, "XLA counts every program"
+    return cost["flops"] / 2
 
 
 def full(tokens: int) -> float:
     """Multiply-adds of self-attention of so many tokens."""
-    attention = MultiHeadAttention(C, HEADS, 0.0, rngs=nnx.Rngs(0))
-    graphdef, state = nnx.split(attention)
     x = jax.ShapeDtypeStruct((1, tokens, C), jnp.float32)
-    lowered = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x, x, x)).lower(state, x)
-    return lowered.cost_analysis()["flops"] / 2
+    return operations(MultiHeadAttention(C, HEADS, 0.0, rngs=nnx.Rngs(0)), x, x, x)
 
 
 def deformable(levels: list[tuple[int, int]]) -> float:
     """Multiply-adds of deformable self-attention on these maps."""
-    tokens = sum(h * w for h, w in levels)
-    graphdef, state = nnx.split(MSDeformAttn(C, HEADS, len(levels), POINTS, rngs=nnx.Rngs(0)))
+    tokens = jax.eval_shape(lambda: new_tokens(levels))
+    points = jax.ShapeDtypeStruct((*tokens.valid.shape, len(levels), 2), jnp.float32)
+    return operations(MSDeformAttn(C, HEADS, len(levels), POINTS, rngs=nnx.Rngs(0)), tokens.features, points, tokens)
 
-    def run(state, x, points, valid):
-        return nnx.merge(graphdef, state)(x, points, x, levels, valid)
 
-    x = jax.ShapeDtypeStruct((1, tokens, C), jnp.float32)
-    points = jax.ShapeDtypeStruct((1, tokens, len(levels), 2), jnp.float32)
-    return jax.jit(run).lower(state, x, points, jax.ShapeDtypeStruct((1, tokens), bool)).cost_analysis()["flops"] / 2
+def new_tokens(levels: Sequence[tuple[int, int]]) -> Tokens:
+    """Tokens of these maps, all valid, row by row."""
+    shape = 1, sum(h * w for h, w in levels)
+    return Tokens(jnp.zeros((*shape, C)), jnp.ones(shape, bool), tuple(levels))
 
 
 if __name__ == "__main__":

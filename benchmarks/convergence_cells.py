@@ -21,12 +21,14 @@ from flax import nnx
 
 from detr_jax import sharding
 from detr_jax.checkpoints import restore_model, store
+from detr_jax.cli import load_config
 from detr_jax.config import (
     BackboneConfig,
     Config,
     DataConfig,
     DeformableDETRConfig,
     DETRConfig,
+    DINOConfig,
     LossConfig,
     ModelConfig,
     OptimConfig,
@@ -40,16 +42,19 @@ from detr_jax.models import build, split
 from detr_jax.train_step import init_state, make_train_step
 from detr_jax.training import NonFiniteLossError, prepare, read_batches, train
 
+DEMO_CONFIG = Path(__file__).resolve().parents[1] / "configs/bccd.py"
 RATES = (1e-4, 3e-4, 1e-3)
 SCORES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 SIZES = {"bccd": (120, 160), "deep_pcb": (320, 320)}
 QUERIES = {"bccd": 50, "deep_pcb": 50}
-EPOCHS = {"try": 4, "main": 16, "ablation": 16, "long": 80, "cost": 0}
+EPOCHS = {"try": 4, "main": 16, "ablation": 16, "long": 80, "cost": 0, "demo": 11}
 SEEDS = (0, 1, 2)
 FIRST = ("detr", "single_scale", "multi_scale", "two_stage")
 THEN = ("detr_dc5", "single_scale_dc5", "refine")
 ABLATIONS = ("levels3", "points1", "single_scale_points1")
 """The paper's Table 2, with `single_scale` (1 level, 4 points) and `multi_scale` (4 levels, 4 points)."""
+DEMO = ("demo", "dcn", "dino", "bfloat16")
+"""`configs/bccd.py` as it is, and with one change: see `demo_config`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +93,10 @@ def all_cells(data_sets: Sequence[str]) -> list[Cell]:
         cells += [Cell(data, "long", "detr")]
         cells += [Cell(data, "ablation", model, seed) for seed in SEEDS[1:] for model in ABLATIONS]
         cells += [Cell(data, "long", "detr", seed) for seed in SEEDS[1:]]
+        if data == "bccd":
+            rate = load_config(str(DEMO_CONFIG)).optim.lr
+            cells += [Cell(data, "demo", model, seed, rate) for seed in SEEDS for model in DEMO]
+            cells += [Cell(data, "cost", model) for model in DEMO]
     return cells
 
 
@@ -126,6 +135,8 @@ def cell_config(cell: Cell, rate: float, roots: Mapping[str, Path], work: Path) 
     """The configuration of a cell's training; that of the product, with nothing of its own."""
     height, width = SIZES[cell.data]
     root = roots[cell.data]
+    if cell.model in DEMO:
+        return demo_config(cell, root, work)
     data = DataConfig(
         root=str(root),
         scales=(min(height, width),),
@@ -158,6 +169,36 @@ def cell_config(cell: Cell, rate: float, roots: Mapping[str, Path], work: Path) 
             log_every=25,
             checkpoint_every=1000,
             keep_last=cell.epochs if measures_entropy(cell) else 1,
+        ),
+    )
+
+
+def demo_config(cell: Cell, root: Path, work: Path) -> Config:
+    """The config of `make demo`, changed in the one thing that the cell's model names.
+
+    `dcn` has modulated deformable convolutions in C3 to C5, `dino` is DINO with DINO's loss and everything else equal,
+    `bfloat16` computes in it.
+    """
+    demo = load_config(str(DEMO_CONFIG))
+    model, loss = demo.model, demo.loss
+    if cell.model == "dcn":
+        model = dataclasses.replace(model, backbone=dataclasses.replace(model.backbone, deform_version=2))
+    elif cell.model == "dino":
+        model, loss = DINOConfig(**vars(model)), LossConfig.dino()
+    elif cell.model == "bfloat16":
+        model = dataclasses.replace(model, dtype="bfloat16")
+    return dataclasses.replace(
+        demo,
+        model=model,
+        loss=loss,
+        data=dataclasses.replace(demo.data, root=str(root)),
+        train=dataclasses.replace(
+            demo.train,
+            output_dir=str(work / cell.name),
+            epochs=cell.epochs or demo.train.epochs,
+            seed=cell.seed,
+            keep_last=1,
+            num_pictures=0,
         ),
     )
 
@@ -312,15 +353,14 @@ def step_cost(config: Config) -> dict[str, Any]:
     on_cpu = jax.default_backend() == "cpu"
     clock = time.process_time if on_cpu else time.perf_counter
     seconds = []
-    with jax.set_mesh(run.mesh), contextlib.closing(read_batches(run, 0)) as feed:
+    with jax.set_mesh(run.mesh), contextlib.closing(read_batches(run, 0, lambda: False)) as feed:
         graphdef, state = init_state(run.config, run.optimizer, run.mesh)
         step: Any = make_train_step(run.config, graphdef, run.optimizer, run.sampler)
         compiled: Any = None
         for bucket, batch in feed:
-            placed = sharding.put_batch(batch, run.mesh)
-            compiled = compiled or step.lower(state, placed, bucket=bucket).compile()
+            compiled = compiled or step.lower(state, batch, bucket=bucket).compile()
             begin = clock()
-            state, _ = jax.block_until_ready(compiled(state, placed))
+            state, _ = jax.block_until_ready(compiled(state, batch))
             seconds.append(clock() - begin)
     flops = compiled.cost_analysis()["flops"]
     return {

@@ -26,6 +26,10 @@ NAMES = {
     "levels3": "3 levels, 4 points",
     "points1": "4 levels, 1 point",
     "single_scale_points1": "1 level, 1 point",
+    "demo": "the demo's config",
+    "dcn": "with deformable convolutions in C3 to C5",
+    "bfloat16": "in bfloat16",
+    "dino": "DINO in its place",
 }
 SCORES = {"AP": "AP", "AP50": "AP50", "APs": "AP small", "APm": "AP medium", "APl": "AP large"}
 BEGIN, END = "<!-- results: written by --figures -->", "<!-- end of results -->"
@@ -46,16 +50,17 @@ def draw(results: Path, page: Path, cells: Sequence[Any]) -> None:
             sections.append(f"### {data}\n\nNot run.")
             continue
         figures = [
-            (f"{data}_ap.png", "AP against epochs, compute and time", draw_ap(found)),
+            (f"{data}_ap.png", "AP against epochs, compute and time", draw_ap(found, "main")),
             (f"{data}_sizes.png", "AP50 and AP by size of the objects, against epochs", draw_sizes(found)),
             (f"{data}_entropy.png", "Entropy of the attention, against epochs", draw_entropy(found)),
+            (f"{data}_demo.png", "The demo's config and one change: AP", draw_ap(found, "demo")),
         ]
         lines = [f"### {data}", "", hardware(found), ""]
         for name, title, figure in figures:
             if figure is not None:
                 figure.savefig(results / name)
                 lines += [f"![{title}]({results.name}/{name})", ""]
-        tables = (rate_table, cost_table, main_table, until_table, ablation_table, entropy_table)
+        tables = (rate_table, cost_table, main_table, until_table, ablation_table, entropy_table, demo_table)
         lines += itertools.chain.from_iterable([*table(found), ""] for table in tables)
         lines += [finished(found, [cell for cell in cells if cell.data == data])]
         sections.append("\n".join(lines))
@@ -200,6 +205,19 @@ def ablation_table(found: Sequence[Result]) -> list[str]:
     return table("Levels and sampling points (the paper's Table 2).", ["", "seeds", *SCORES.values()], rows)
 
 
+def demo_table(found: Sequence[Result]) -> list[str]:
+    """The demo's config, and with one change."""
+    groups = by_model(found, "demo")
+    rows = [
+        [NAMES[model], str(len(runs)), *(spread([run["curve"][-1][score] for run in runs]) for score in SCORES)]
+        for model, runs in groups.items()
+    ]
+    if not rows:
+        return ["The demo's config and one change: not run."]
+    title = "The demo's config and one change, at the end of its training, mean (lowest to highest) over seeds."
+    return table(title, ["", "seeds", *SCORES.values()], rows)
+
+
 def entropy_table(found: Sequence[Result]) -> list[str]:
     """Attention entropy at the start and at the end."""
     rows = []
@@ -236,9 +254,9 @@ def plot(axes: Any, runs: Sequence[Result], score: str, factor: float | None, mo
     axes.fill_between(points, values.min(0), values.max(0), color=color, alpha=0.18, linewidth=0)
 
 
-def draw_ap(found: Sequence[Result]) -> Figure | None:
+def draw_ap(found: Sequence[Result], part: str) -> Figure | None:
     """AP against epochs, compute and time."""
-    groups = by_model(found, "main")
+    groups = by_model(found, part)
     if not groups:
         return None
     costs = {result["model"]: result for result in found if result["part"] == "cost"}

@@ -129,8 +129,8 @@ def print_timed(args: argparse.Namespace) -> None:
 def torchvision_ms(layer: Layer, args: argparse.Namespace) -> str:
     """The two last columns of the table, of torchvision's op on the same problem."""
     try:
-        import torch
-        import torchvision
+        import torch  # pyright: ignore[reportMissingImports]
+        import torchvision  # pyright: ignore[reportMissingImports]
     except ImportError:
         return "  is not installed"
     x, offsets, modulation, kernel = (torch.from_numpy(z) for z in problem(layer, args.spread))

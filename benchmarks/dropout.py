@@ -10,6 +10,7 @@ two cores.
 """
 
 import argparse
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ class Block(nnx.Module):
 
     def __init__(self, dropout: type, rate: float, rngs: nnx.Rngs):
         feed_forward = FlaxFeedForward if dropout is FlaxDropout else layers.FeedForward
-        self.ffn = feed_forward(CHANNELS, HIDDEN, rate, dtype="bfloat16", rngs=rngs)
+        self.ffn: Any = feed_forward(CHANNELS, HIDDEN, rate, dtype="bfloat16", rngs=rngs)
         self.ffn.dropout, self.dropout = dropout(rate), dropout(rate)
         self.norm1, self.norm2 = (layers.layer_norm(CHANNELS, dtype="bfloat16", rngs=rngs) for _ in range(2))
 

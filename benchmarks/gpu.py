@@ -105,7 +105,7 @@ def compare(
 ) -> dict[str, dict[str, float | None]]:
     """Seconds of each implementation, forward and forward + backward; `None` where memory does not suffice."""
     inputs = problem(shape, dtype)
-    kernels = {
+    kernels: dict[str, Callable] = {
         "gpu": functools.partial(ms_deform_attn_gpu, interpret=interpret),
         "xla": ms_deform_attn_xla,
         "reference": ms_deform_attn_reference,
@@ -114,7 +114,7 @@ def compare(
         kernels["mosaic"] = ms_deform_attn_gpu_mosaic
     times = {}
     for part, wrap in (("forward", forward), ("forward+backward", forward_backward)):
-        runs = {
+        runs: dict[str, Callable] = {
             name: functools.partial(wrap(kernel, shape.spatial_shapes), *inputs) for name, kernel in kernels.items()
         }
         if official and dtype == jnp.float32:  # it has no bfloat16
@@ -155,7 +155,7 @@ def forward_backward(kernel: Callable, spatial_shapes) -> Callable:
 
 def official_run(extension, shape: Shape, inputs: Sequence[jax.Array], backward: bool) -> Callable:
     """The same by the official extension, on the GPU of PyTorch."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     value, locations, weights, gradient = (torch.from_numpy(np.array(x)).cuda() for x in inputs)
     sizes = torch.tensor(shape.spatial_shapes, dtype=torch.long, device="cuda")
@@ -199,9 +199,9 @@ def timed(run: Callable, shortest: float = 0.05) -> float:
     count = 1
     while True:
         start = time.perf_counter()
-        for _ in range(count):
-            result = run()
-        wait(result)
+        for _ in range(count - 1):
+            run()
+        wait(run())
         seconds = time.perf_counter() - start
         if seconds >= shortest:
             return seconds / count
@@ -223,8 +223,9 @@ def table(rows: Sequence[tuple[str, str, int, str, dict[str, float | None]]]) ->
     head = ["shape", "type", "batch", "pass", *(f"{x} ms" for x in names), *(f"{x} / gpu" for x in others)]
     lines = [head]
     for shape, dtype, batch, part, seconds in rows:
-        times = [f"{1e3 * seconds[x]:.3f}" if seconds[x] else "-" for x in names]
-        ratios = [f"{seconds[x] / seconds['gpu']:.2f}" if seconds[x] and seconds["gpu"] else "-" for x in others]
+        times = [f"{1e3 * s:.3f}" if (s := seconds[x]) else "-" for x in names]
+        ours = seconds["gpu"]
+        ratios = [f"{s / ours:.2f}" if (s := seconds[x]) and ours else "-" for x in others]
         lines.append([shape, dtype, str(batch), part, *times, *ratios])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     left = {0, 1, 3}

@@ -107,8 +107,8 @@ def ours(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, train: bool) 
 
 def theirs(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, train: bool) -> Callable[[], object]:
     """The same in PyTorch."""
-    import torch
-    import transformers
+    import torch  # pyright: ignore[reportMissingImports]
+    import transformers  # pyright: ignore[reportMissingImports]
 
     backbone = transformers.ResNetConfig(
         hidden_sizes=[256, 512, 1024, 2048],

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detr_jax.config import LossConfig
+from detr_jax.cli import load_config
+from detr_jax.config import DINOConfig, LossConfig
 
 ROOT = Path(__file__).parents[2]
 BCCD = ROOT / "tests/data/bccd"
@@ -83,6 +84,26 @@ def test_models_differ_in_what_is_compared_alone(study, tmp_path):
     sizes = {name: (c.model.num_levels, c.model.decoder_points) for name, c in configs.items() if "detr" not in name}
     assert sizes["single_scale_dc5"] == sizes["single_scale"] == (1, 4) and sizes["single_scale_points1"] == (1, 1)
     assert sizes["multi_scale"] == sizes["two_stage"] == (4, 4) and sizes["levels3"] == (3, 4)
+
+
+def test_the_demo_cells_are_the_demo_with_one_change(study, tmp_path):
+    demo = load_config(str(ROOT / "configs/bccd.py"))
+    cells = [cell for cell in study.all_cells(["bccd"]) if cell.part == "demo"]
+    assert [(c.model, c.seed) for c in cells] == [(m, s) for s in (0, 1, 2) for m in study.DEMO]
+    for cell in cells:
+        config = study.cell_config(cell, cell.rate, {"bccd": BCCD}, tmp_path)
+        ours = dataclasses.replace(config.train, output_dir=demo.train.output_dir, keep_last=2, num_pictures=4)
+        assert ours == dataclasses.replace(demo.train, seed=cell.seed)
+        assert dataclasses.replace(config.data, root=demo.data.root) == demo.data and config.optim == demo.optim
+        assert cell.rate == demo.optim.lr
+        same = dict(vars(config.model))
+        if cell.model == "dino":
+            assert (type(config.model), config.loss) == (DINOConfig, LossConfig.dino())
+            same = {name: same[name] for name in vars(demo.model)}
+        else:
+            assert config.loss == demo.loss
+        changed = {"dcn": "backbone", "bfloat16": "dtype"}.get(cell.model)
+        assert [name for name, value in vars(demo.model).items() if same[name] != value] == [changed] * bool(changed)
 
 
 def test_tries_never_see_the_validation_images(study, tmp_path):
@@ -176,6 +197,9 @@ def test_figures_and_tables(study, figures, tmp_path, capsys):
         result(study, study.Cell("bccd", "main", "single_scale"), [0.1, 0.1, 0.1, 0.1]),
         result(study, study.Cell("bccd", "try", "detr", rate=1e-4), [0.01], lr=1e-4),
         result(study, study.Cell("bccd", "cost", "detr"), [], **cost),
+        result(study, study.Cell("bccd", "demo", "demo"), [0.1, 0.3]),
+        result(study, study.Cell("bccd", "demo", "demo", 1), [0.2, 0.5]),
+        result(study, study.Cell("bccd", "demo", "dcn"), [0.2, 0.45]),
     ]
     for one in stored:
         (results / f"{one['cell'].replace('/', '-')}.json").write_text(json.dumps(one))
@@ -188,9 +212,11 @@ def test_figures_and_tables(study, figures, tmp_path, capsys):
     assert "seed 0: 0.200 at epoch 3; seed 1: 0.300 at epoch 4" in text
     assert "| DETR | 4 | 2 | 0.250 (0.200 to 0.300) | 0.500 (0.400 to 0.600) | - |" in text
     assert "| DETR | 1,000 | 2.5 | 0.12 |" in text
+    assert "| the demo's config | 2 | 0.400 (0.300 to 0.500) | 0.800 (0.600 to 1.000) | - |" in text
+    assert "| with deformable convolutions in C3 to C5 | 1 | 0.450 | 0.900 | - |" in text
     assert "| DETR, encoder | 20 | 3.00 | 3.00 (100%) | 1.00 (33%) |" in text
     assert "Ablations: not run." in text and "`main` 5 of 21" in text and "### deep_pcb\n\nNot run." in text
-    assert all((results / f"bccd_{name}.png").stat().st_size > 5000 for name in ("ap", "sizes", "entropy"))
+    assert all((results / f"bccd_{name}.png").stat().st_size > 5000 for name in ("ap", "sizes", "entropy", "demo"))
     assert "deep_pcb" in capsys.readouterr().out
 
 
