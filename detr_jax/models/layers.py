@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.dropout import keep
+
 Output = TypeVar("Output")
 
 
@@ -36,10 +38,14 @@ class Linear(nnx.Linear):
         b, s, c = inputs.shape
         return super().__call__(inputs.reshape(b * s, c), out_sharding).reshape(b, s, -1)
 
+    def weights(self) -> tuple[jax.Array, jax.Array]:
+        """Kernel `[n_in, n_out]` and bias `[n_out]`."""
+        assert self.bias is not None
+        return self.kernel[...], self.bias[...]
+
     def interleaved(self, inputs: jax.Array, n: int) -> list[jax.Array]:
         """Every `n`-th output, from the first, second, ... on: slices of the output without their cost on TPUs."""
-        assert self.bias is not None
-        kernel, bias = self.kernel[...], self.bias[...]
+        kernel, bias = self.weights()
         dtype = self.dtype or jnp.result_type(inputs, kernel)
         return [
             jnp.dot(inputs.astype(dtype), kernel[:, i::n].astype(dtype)) + bias[i::n].astype(dtype) for i in range(n)
@@ -88,15 +94,15 @@ class Dropout(nnx.Module):
 
 def dropout(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:
     """0 in a share `rate` of the places, picked by a hash of `key` (two words); the others are scaled up."""
-    return jnp.where(hash_places(key, x.shape) >= jnp.uint32(round(rate * 2**32)), x / (1 - rate), 0)
+    return jnp.where(keep(places(x.shape), key, rate), x / (1 - rate), 0)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def relu(x: jax.Array, key: jax.Array | None = None, rate: float = 0.0) -> jax.Array:
     """`max(x, 0)`, and dropout if there is a key.
 
-    The derivative is 0 where the result is, and 1 / (1 - rate) elsewhere. So nothing is kept for it but the result,
-    which the next layer keeps anyway: no mask, no input, no random bits.
+    The derivative is 0 where the result is, and elsewhere 1, or with dropout 1 / (1 - rate). So nothing is kept for it
+    but the result, which the next layer keeps anyway: no mask, no input, no random bits.
     """
     x = jnp.maximum(x, 0)
     return x if key is None else dropout(x, key, rate)
@@ -105,23 +111,17 @@ def relu(x: jax.Array, key: jax.Array | None = None, rate: float = 0.0) -> jax.A
 @relu.defjvp
 def _relu_jvp(rate, primals, tangents):
     output = relu(*primals, rate)
-    return output, jnp.where(output != 0, tangents[0] / (1 - rate), 0)
+    scale = 1 if primals[1] is None else 1 - rate
+    return output, jnp.where(output != 0, tangents[0] / scale, 0)
 
 
-def hash_places(key: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """32 bits for each place of an array, uint32 of that shape: a function of two words of `key` and of the place."""
+def places(shape: Sequence[int]) -> jax.Array:
+    """The index of each place of an array, modulo 2^32, as uint32 of its shape."""
     place, stride = jnp.zeros(shape, jnp.uint32), 1
     for axis in reversed(range(len(shape))):
         place += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
         stride *= shape[axis]
-    return _mix(_mix(place ^ key[0]) ^ key[1])
-
-
-def _mix(x: jax.Array) -> jax.Array:
-    """A bijection of 32 bits in which every bit depends on every other (Wellons' `lowbias32`)."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)
+    return place
 
 
 class MLP(nnx.Module):
@@ -150,6 +150,10 @@ class FeedForward(nnx.Module):
         self.linear1 = linear(features, hidden, kernel_init=xavier, dtype=dtype, rngs=rngs)
         self.linear2 = linear(hidden, features, kernel_init=xavier, dtype=dtype, rngs=rngs)
         self.dropout = Dropout(dropout)
+
+    def is_plain(self) -> bool:
+        """Whether nothing stands in for its linear layers, such as adapters."""
+        return type(self.linear1) is type(self.linear2) is Linear
 
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
         x = relu(self.linear1(x), self.dropout.draw_key(rngs), self.dropout.rate)

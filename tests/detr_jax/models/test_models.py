@@ -254,6 +254,7 @@ def test_relu_and_its_dropout_differentiate_as_their_definition(dtype):
     key, rate = jnp.array([1, 2], jnp.uint32), 0.3
     for ours, definition in (
         (relu, nnx.relu),
+        (lambda x: relu(x, None, rate), nnx.relu),
         (lambda x: relu(x, key, rate), lambda x: dropout(nnx.relu(x), key, rate)),
     ):
         for differentiate in (
