@@ -12,8 +12,8 @@ needed; each path compiles for five minutes or more on two cores.
 The first form compares implementations of the attention. Memory is what the compiler allocates. Milliseconds are
 XLA's estimates, and bundles of kernels and gathers, at an assumed clock (`pallas_kernels.ahead_of_time` says what that
 leaves out): sorts, and waiting. The matching's loops, whose length depends on the data, count once. Gathers and kernels
-are the attention's, of layers that are compiled once more, each for itself. The kernels' share assumes offsets that
-spread by 2 pixels. Kernels of deformable convolutions are not in it: `benchmarks/deform_conv.py` counts those.
+are those of layers that are compiled once more, each for itself; the attention's assume offsets that spread by 2
+pixels. Kernels of deformable convolutions are not in it: `benchmarks/deform_conv.py` counts those.
 
 The second form, for the first implementation, lists the parts of the step and its most expensive operations, those of
 equal layers together, with the line of the source that made them. `FLOP` and `HBM` are the time that an operation's
@@ -31,11 +31,10 @@ from pathlib import Path
 
 from detr_jax.config import Config, DeformableDETRConfig, DINOConfig, LossConfig, TrainConfig
 from detr_jax.data.sampler import TrainSampler
-from detr_jax.plan import SPREAD, attention_layers, compile_step, stand_in
+from detr_jax.plan import compile_step, kernel_bundles, stand_in
 from detr_jax.sharding import make_mesh
 from pallas_kernels import ahead_of_time
 from pallas_kernels.compiled_program import Operation, Program
-from pallas_kernels.ms_deform_attn.bench import layer_bundles
 
 TWO_STAGE = DeformableDETRConfig.r50_two_stage()
 MODELS = {
@@ -113,11 +112,7 @@ def line(generation: str, name: str, bucket: tuple[int, int], batch_size: int, i
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     cost = ahead_of_time.cost(compiled, folder=None)
-    gathers = kernels = 0.0
-    for shape, count in attention_layers(config, sampler.max_boxes, bucket):
-        shape = dataclasses.replace(shape, batch=batch_size)
-        per_layer = ahead_of_time.apart(layer_bundles, shape, generation, implementation, SPREAD)
-        gathers, kernels = gathers + count * per_layer[0], kernels + count * per_layer[1]
+    gathers, kernels = kernel_bundles(config, sampler.max_boxes, bucket, generation, batch_size)
     sizes = [memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.generated_code_size_in_bytes]
     cycles = [cost.cycles, gathers, kernels, cost.cycles + gathers + kernels]
     columns = [f"{size / 2**30:>10.2f}" for size in sizes]

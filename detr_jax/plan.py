@@ -1,9 +1,9 @@
 """What a training run needs on some devices: its own step, compiled ahead of time for devices that are not here.
 
 Memory, operations and communication are the compiler's. The time of a step is an estimate, made only for TPUs, as the
-sum of three parts that in truth overlap or wait: XLA's cycles and the bundles of the attention's kernels (at sampling
-offsets that spread by 2 pixels), both at an assumed clock, and the bytes that are communicated at half of the published
-bandwidth between chips. What the host does is not in it.
+sum of three parts that in truth overlap or wait: XLA's cycles and the bundles of the kernels (the attention's at
+sampling offsets that spread by 2 pixels), both at an assumed clock, and the bytes that are communicated at half of the
+published bandwidth between chips. What the host does is not in it.
 """
 
 import contextlib
@@ -35,7 +35,9 @@ from detr_jax.train_step import abstract_state, make_optimizer, make_train_step
 from detr_jax.training import abstract_batch
 from pallas_kernels import ahead_of_time
 from pallas_kernels.compiled_program import Program
+from pallas_kernels.feed_forward import bench as feed_forward
 from pallas_kernels.ms_deform_attn.bench import layer_bundles
+from pallas_kernels.ms_deform_attn.order import block_order
 from pallas_kernels.ms_deform_attn.shapes import Shape
 
 SPREAD = 2.0
@@ -217,16 +219,11 @@ def plan_step(
         return done()
     limits = ahead_of_time.limits(mesh)
     cycles = sum((operation.cycles or 0) * operation.runs for operation in program.operations)
-    attention = 0.0
-    for shape, count in attention_layers(config, sampler.max_boxes, bucket):
-        implementation = getattr(config.model, "implementation", None) or "tensorcore"
-        attention += count * sum(_layer_bundles(shape, limits.generation, implementation))
+    images = config.train.batch_size // mesh.size
+    kernels = sum(kernel_bundles(config, sampler.max_boxes, bucket, limits.generation, images))
     # An all-reduce in a ring sends and receives almost all bytes twice.
     sent = 2 * (mesh.size - 1) / mesh.size * sum(z.bytes for z in found)
-    per_device = config.train.batch_size // mesh.size
-    ms = Milliseconds(
-        1e3 * cycles / limits.clock, 1e3 * per_device * attention / limits.clock, 1e3 * sent / limits.link
-    )
+    ms = Milliseconds(1e3 * cycles / limits.clock, 1e3 * kernels / limits.clock, 1e3 * sent / limits.link)
     images = 1e3 * config.train.batch_size / ms.total / count_chips(mesh)
     return done(ms, images, 1e3 * flops / ms.total / limits.flops)
 
@@ -260,6 +257,25 @@ def attention_layers(config: Config, max_boxes: int, bucket: Bucket) -> list[tup
     queries = model.num_queries + denoising
     decoder = dataclasses.replace(encoder, queries=queries, points=model.decoder_points)
     return [(encoder, model.encoder_layers), (decoder, model.decoder_layers)]
+
+
+def kernel_bundles(config: Config, max_boxes: int, bucket: Bucket, generation: str, images: int) -> tuple[float, float]:
+    """Bundles of a step's gathers and Pallas kernels on a device with so many images, in bfloat16.
+
+    Layers are compiled once more for that, each for itself. Kernels of deformable convolutions are not in it.
+    """
+    gathers = kernels = 0.0
+    implementation = getattr(config.model, "implementation", None) or "tensorcore"
+    layers = attention_layers(config, max_boxes, bucket)
+    for shape, count in layers:
+        per_layer = _layer_bundles(shape, generation, implementation)
+        gathers, kernels = gathers + images * count * per_layer[0], kernels + images * count * per_layer[1]
+    if layers and implementation == "tensorcore":
+        (encoder, count), model = layers[0], config.model
+        shape = images, block_order(encoder.spatial_shapes).length, model.hidden_dim
+        passes = ahead_of_time.apart(feed_forward.kernel_bundles, shape, model.ffn_dim, generation, model.dropout)
+        kernels += count * sum(bundles for bundles, _ in passes.values())
+    return gathers, kernels
 
 
 @functools.cache

@@ -45,7 +45,7 @@ class Milliseconds:
     xla: float
     """Everything that XLA compiles."""
     kernels: float
-    """The attention's Pallas kernels, or the gathers of its other implementations."""
+    """Pallas kernels, or the gathers of the attention's other implementations."""
     communication: float
 
     @property
@@ -154,7 +154,7 @@ def table(result: Plan) -> Iterator[str]:
         yield f"  exchanged between devices: {exchanged or 'nothing'}"
         if step.ms and step.mfu:
             yield (
-                f"  step about {step.ms.total:.0f} ms: XLA {step.ms.xla:.0f}, attention kernels {step.ms.kernels:.0f}, "
+                f"  step about {step.ms.total:.0f} ms: XLA {step.ms.xla:.0f}, kernels {step.ms.kernels:.0f}, "
                 f"communication {step.ms.communication:.1f}; {step.images_per_second_per_chip:.1f} images/s/chip, "
                 f"MFU {step.mfu:.1%}"
             )

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from jax.core import ShapedArray
+from jax.experimental.pallas import tpu as pltpu
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
@@ -17,6 +18,14 @@ def expected_platform() -> str:
     """The platform of the mesh's devices (`jax.set_mesh`), else of JAX's default device: cpu, gpu or tpu."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
+
+
+def vmem_bytes() -> int:
+    """Bytes of vector memory of the TPU compiled for, as far as it is known: the mesh's, or the default device."""
+    try:
+        return pltpu.get_tpu_info().vmem_capacity_bytes
+    except ValueError:  # traced on another platform: all but v4 have this much
+        return 64 * 2**20
 
 
 def tpu_or_default(tpu: Callable, default: Callable, *arrays: jax.Array) -> Any:

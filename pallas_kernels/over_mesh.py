@@ -40,10 +40,9 @@ def over_mesh(
     Raises:
         ValueError: the heads do not divide, or the mesh has other axes: devices along them would all compute the same.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    open_axes = {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes}
+    mesh, open_axes = jax.sharding.get_abstract_mesh(), _open_axes()
     batch, heads = ([name for name in _names(axes) if open_axes.get(name, 1) > 1] for axes in (batch_axis, head_axis))
-    others = [name for name, size in open_axes.items() if size > 1 and name not in (*batch, *heads)]
+    others = other_axes(batch_axis, head_axis)
     if others and not partitions:
         raise ValueError(
             f"{op}: the mesh {dict(open_axes)} has axes {others}, which are neither batch_axis={batch_axis!r} nor "
@@ -74,6 +73,18 @@ def over_mesh(
     if not isinstance(padding, int) or padding:
         output = (jax.sharding.reshard(output, jax.P()) if explicit else output)[:images]
     return output
+
+
+def other_axes(*axes: Axes) -> list[str]:
+    """Axes of the mesh with more than one device that are none of `axes`; a kernel cannot be split over them."""
+    named = [name for some in axes for name in _names(some)]
+    return [name for name, size in _open_axes().items() if size > 1 and name not in named]
+
+
+def _open_axes() -> dict[str, int]:
+    """Those that no `jax.shard_map` around has taken, with their sizes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes}
 
 
 def _names(axes: Axes) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.by_platform import vmem_bytes
 from pallas_kernels.derivatives import first_order
 from pallas_kernels.ms_deform_attn.order import TILE, UNIT, BlockOrder, block_order
 from pallas_kernels.ms_deform_attn.tensorcore_kernels import backward_kernel, forward_kernel, touched_kernel
@@ -258,7 +259,7 @@ def _call(kernel: Callable, name: str, arrays, extents, order: BlockOrder, part:
         ),
         out_shape=outputs,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_vmem()
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem_bytes()
         ),
         interpret=interpret,
         name=f"ms_deform_attn_{name}",
@@ -267,12 +268,4 @@ def _call(kernel: Callable, name: str, arrays, extents, order: BlockOrder, part:
 
 def _units(unit_bytes: int) -> int:
     """How many units fit into the vector memory; a quarter of it is left for the tiles."""
-    return 3 * _vmem() // 4 // unit_bytes
-
-
-def _vmem() -> int:
-    """Bytes of vector memory of the TPU compiled for, as far as it is known: the mesh's, or the default device."""
-    try:
-        return pltpu.get_tpu_info().vmem_capacity_bytes
-    except ValueError:  # traced on another platform: all but v4 have this much
-        return 64 * 2**20
+    return 3 * vmem_bytes() // 4 // unit_bytes
