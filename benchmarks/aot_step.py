@@ -31,7 +31,7 @@ from pathlib import Path
 
 from detr_jax.config import Config, DeformableDETRConfig, DINOConfig, LossConfig, TrainConfig
 from detr_jax.data.sampler import TrainSampler
-from detr_jax.plan import compile_step, kernel_bundles, stand_in
+from detr_jax.plan import compile_step, count_kernels, stand_in
 from detr_jax.sharding import make_mesh
 from pallas_kernels import ahead_of_time
 from pallas_kernels.compiled_program import Operation, Program
@@ -112,9 +112,9 @@ def line(generation: str, name: str, bucket: tuple[int, int], batch_size: int, i
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     cost = ahead_of_time.cost(compiled, folder=None)
-    gathers, kernels = kernel_bundles(config, sampler.max_boxes, bucket, generation, batch_size)
+    kernels = count_kernels(config, sampler.max_boxes, bucket, generation, batch_size)
     sizes = [memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.generated_code_size_in_bytes]
-    cycles = [cost.cycles, gathers, kernels, cost.cycles + gathers + kernels]
+    cycles = [cost.cycles, kernels.gathers, kernels.bundles, cost.cycles + kernels.gathers + kernels.bundles]
     columns = [f"{size / 2**30:>10.2f}" for size in sizes]
     columns += [f"{z / ahead_of_time.CLOCK_GHZ[generation] / 1e6:>10.1f}" for z in cycles]
     return f"{implementation:<12}{''.join(columns)}{seconds:>10.0f}"

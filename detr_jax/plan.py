@@ -15,7 +15,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -214,18 +214,22 @@ def plan_step(
     program = Program(compiled.as_text() or "")
     flops = sum(operation.flops * operation.runs for operation in program.operations)
     found = communication(program)
-    done = functools.partial(step, seconds, True if is_tpu(mesh) else None, "", memory, flops, found)
+    done = functools.partial(step, seconds, True if is_tpu(mesh) else None, "", memory)
     if not is_tpu(mesh):
-        return done()
+        return done(flops, found)
     limits = ahead_of_time.limits(mesh)
     cycles = sum((operation.cycles or 0) * operation.runs for operation in program.operations)
     images = config.train.batch_size // mesh.size
-    kernels = sum(kernel_bundles(config, sampler.max_boxes, bucket, limits.generation, images))
+    kernels = count_kernels(config, sampler.max_boxes, bucket, limits.generation, images)
     # An all-reduce in a ring sends and receives almost all bytes twice.
     sent = 2 * (mesh.size - 1) / mesh.size * sum(z.bytes for z in found)
-    ms = Milliseconds(1e3 * cycles / limits.clock, 1e3 * kernels / limits.clock, 1e3 * sent / limits.link)
-    images = 1e3 * config.train.batch_size / ms.total / count_chips(mesh)
-    return done(ms, images, 1e3 * flops / ms.total / limits.flops)
+    ms = Milliseconds(
+        xla=1e3 * cycles / limits.clock,
+        kernels=1e3 * (kernels.gathers + kernels.bundles) / limits.clock,
+        communication=1e3 * sent / limits.link,
+    )
+    rate = 1e3 * config.train.batch_size / ms.total / count_chips(mesh)
+    return done(flops + kernels.flops, found, ms, rate, 1e3 * (flops + kernels.flops) / ms.total / limits.flops)
 
 
 def communication(program: Program) -> tuple[Communication, ...]:
@@ -259,23 +263,32 @@ def attention_layers(config: Config, max_boxes: int, bucket: Bucket) -> list[tup
     return [(encoder, model.encoder_layers), (decoder, model.decoder_layers)]
 
 
-def kernel_bundles(config: Config, max_boxes: int, bucket: Bucket, generation: str, images: int) -> tuple[float, float]:
-    """Bundles of a step's gathers and Pallas kernels on a device with so many images, in bfloat16.
+class Kernels(NamedTuple):
+    """What XLA does not count of a step on a device."""
 
-    Layers are compiled once more for that, each for itself. Kernels of deformable convolutions are not in it.
-    """
-    gathers = kernels = 0.0
+    gathers: float = 0.0
+    """Bundles of gathers and scatters."""
+    bundles: float = 0.0
+    """Of Pallas kernels, but for those of deformable convolutions."""
+    flops: int = 0
+    """Of the feed-forward kernels' products; what they compute again in the backward pass is not in it."""
+
+
+def count_kernels(config: Config, max_boxes: int, bucket: Bucket, generation: str, images: int) -> Kernels:
+    """For so many images on a device, in bfloat16; layers are compiled once more for that, each for itself."""
+    gathers = bundles = flops = 0
     implementation = getattr(config.model, "implementation", None) or "tensorcore"
     layers = attention_layers(config, max_boxes, bucket)
     for shape, count in layers:
         per_layer = _layer_bundles(shape, generation, implementation)
-        gathers, kernels = gathers + images * count * per_layer[0], kernels + images * count * per_layer[1]
+        gathers, bundles = gathers + images * count * per_layer[0], bundles + images * count * per_layer[1]
     if layers and implementation == "tensorcore":
         (encoder, count), model = layers[0], config.model
-        shape = images, block_order(encoder.spatial_shapes).length, model.hidden_dim
-        passes = ahead_of_time.apart(feed_forward.kernel_bundles, shape, model.ffn_dim, generation, model.dropout)
-        kernels += count * sum(bundles for bundles, _ in passes.values())
-    return gathers, kernels
+        tokens = images, block_order(encoder.spatial_shapes).length, model.hidden_dim
+        passes = ahead_of_time.apart(feed_forward.kernel_bundles, tokens, model.ffn_dim, generation, model.dropout)
+        bundles += count * sum(issued for issued, _ in passes.values())
+        flops += count * 3 * 4 * math.prod(tokens) * model.ffn_dim  # twice as many backward; two operations each
+    return Kernels(gathers, bundles, flops)
 
 
 @functools.cache

@@ -73,7 +73,7 @@ class StepPlan:
     """What the compiler says where it does not fit."""
     memory: Memory | None = None
     flops: int = 0
-    """On one device: those of products and convolutions, without the Pallas kernels'."""
+    """On one device: those of products and convolutions, without the attention's kernels."""
     communication: tuple[Communication, ...] = ()
     ms: Milliseconds | None = None
     images_per_second_per_chip: float | None = None

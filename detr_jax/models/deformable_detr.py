@@ -11,11 +11,11 @@ from flax import nnx
 from detr_jax.config import DeformableDETRConfig
 from detr_jax.errors import UserError
 from detr_jax.models.attention import MSDeformAttn, MultiHeadAttention, Tokens, token_order
+from detr_jax.models.feed_forward import FeedForward, add_and_norm
 from detr_jax.models.layers import (
     MLP,
     Conv,
     Dropout,
-    FeedForward,
     GroupNorm,
     capture,
     inverse_sigmoid,
@@ -26,9 +26,6 @@ from detr_jax.models.layers import (
 from detr_jax.models.padding import valid_cells, valid_nearest, zero_padding
 from detr_jax.models.position import sine_boxes, sine_map
 from detr_jax.models.resnet import ResNet
-from detr_jax.sharding import BATCH_AXES
-from pallas_kernels.feed_forward import Weights, feed_forward
-from pallas_kernels.over_mesh import other_axes
 
 
 class EncoderLayer(nnx.Module):
@@ -46,20 +43,17 @@ class EncoderLayer(nnx.Module):
         """`position [b, s, c]`, `reference_points [b, s, l, 2]`, both in the order of the tokens."""
         x = tokens.features
         attended = self.self_attn(x + position, reference_points, tokens)
-        if tokens.order and self.ffn.is_plain() and not other_axes(BATCH_AXES):  # on TPUs: the same in one kernel
-            x = self._in_one_kernel(x, attended, rngs)
-        else:
-            x = self.norm1(x + self.dropout(attended, rngs))
-            x = self.norm2(x + self.dropout(self.ffn(x, rngs), rngs))
+        x = add_and_norm(
+            x,
+            attended,
+            rngs,
+            norm1=self.norm1,
+            ffn=self.ffn,
+            norm2=self.norm2,
+            dropout=self.dropout,
+            in_one_kernel=tokens.order is not None,
+        )
         return dataclasses.replace(tokens, features=x)
-
-    def _in_one_kernel(self, x: jax.Array, attended: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
-        dropouts = (self.dropout, self.ffn.dropout, self.dropout)
-        keys = [key for dropout in dropouts if (key := dropout.draw_key(rngs)) is not None]
-        norms = [(norm.scale[...], norm.bias[...]) for norm in (self.norm1, self.norm2)]
-        weights = Weights(*norms[0], *self.ffn.linear1.weights(), *self.ffn.linear2.weights(), *norms[1])
-        keys = jnp.stack(keys) if keys else None
-        return feed_forward(x, attended, weights, keys, rate=self.dropout.rate, batch_axis=BATCH_AXES)
 
 
 class DecoderLayer(nnx.Module):

@@ -6,7 +6,8 @@ from flax import nnx
 
 from detr_jax.config import DETRConfig
 from detr_jax.models.attention import MultiHeadAttention
-from detr_jax.models.layers import MLP, Dropout, FeedForward, capture, layer_norm, linear, recompute
+from detr_jax.models.feed_forward import FeedForward
+from detr_jax.models.layers import MLP, Dropout, capture, layer_norm, linear, recompute
 from detr_jax.models.padding import valid_cells, valid_nearest
 from detr_jax.models.position import LearnedMap, sine_map
 from detr_jax.models.resnet import ResNet

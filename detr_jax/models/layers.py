@@ -142,24 +142,6 @@ class MLP(nnx.Module):
         return self.layers[-1](x)
 
 
-class FeedForward(nnx.Module):
-    """Linear -> ReLU -> dropout -> linear, Xavier weights."""
-
-    def __init__(self, features: int, hidden: int, dropout: float, *, dtype=None, rngs: nnx.Rngs):
-        xavier = nnx.initializers.xavier_uniform()
-        self.linear1 = linear(features, hidden, kernel_init=xavier, dtype=dtype, rngs=rngs)
-        self.linear2 = linear(hidden, features, kernel_init=xavier, dtype=dtype, rngs=rngs)
-        self.dropout = Dropout(dropout)
-
-    def is_plain(self) -> bool:
-        """Whether nothing stands in for its linear layers, such as adapters."""
-        return type(self.linear1) is type(self.linear2) is Linear
-
-    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
-        x = relu(self.linear1(x), self.dropout.draw_key(rngs), self.dropout.rate)
-        return self.linear2(x)
-
-
 def inverse_sigmoid(x: jax.Array, eps: float = 1e-5) -> jax.Array:
     """Logit of `x`, numerator and denominator kept above `eps` as in the official code."""
     x = jnp.clip(x, 0, 1)

@@ -14,6 +14,7 @@ from small_models import noise_maps
 from transformers_weights import load, random_weights
 
 from detr_jax.models import ResNet, attention, deformable_detr
+from detr_jax.models import feed_forward as ours
 from detr_jax.models.lora import LoRALinear
 from pallas_kernels import ms_deform_attn
 from pallas_kernels.feed_forward import feed_forward
@@ -40,7 +41,7 @@ def outputs_and_gradients(implementation):
     with (
         mock.patch.object(ResNet, "__call__", noise_maps),
         mock.patch.object(attention, "ms_deform_attn", functools.partial(ms_deform_attn, interpret=True)),
-        mock.patch.object(deformable_detr, "feed_forward", functools.partial(feed_forward, interpret=True)),
+        mock.patch.object(ours, "feed_forward", functools.partial(feed_forward, interpret=True)),
     ):
         (_, outputs), gradients = run(state)
     return outputs, gradients
@@ -81,10 +82,10 @@ def test_second_half_of_an_encoder_layer_in_one_kernel(adapters):
     def run(layer):
         return layer(tokens, position, reference, nnx.Rngs(dropout=3)).features
 
-    with mock.patch.object(deformable_detr, "other_axes", lambda axes: ["another"]):
+    with mock.patch.object(ours, "other_axes", lambda axes: ["another"]):
         expected = run(layer)
     with mock.patch.object(
-        deformable_detr, "feed_forward", mock.Mock(side_effect=functools.partial(feed_forward, interpret=True))
+        ours, "feed_forward", mock.Mock(side_effect=functools.partial(feed_forward, interpret=True))
     ) as kernel:
         got = run(layer)
     assert kernel.call_count == (not adapters)
