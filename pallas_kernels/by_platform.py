@@ -28,6 +28,14 @@ def vmem_bytes() -> int:
         return 64 * 2**20
 
 
+def tpu_generation() -> int | None:
+    """4 for v4, 5 for v5e and v5p, and so on, of the TPU compiled for; `None` where it is not known."""
+    try:
+        return pltpu.get_tpu_info().generation
+    except ValueError:
+        return None
+
+
 def tpu_or_default(tpu: Callable, default: Callable, *arrays: jax.Array) -> Any:
     """`tpu(*arrays)` in a program that is lowered for TPUs, `default(*arrays)` in others.
 

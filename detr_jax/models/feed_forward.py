@@ -6,7 +6,7 @@ from flax import nnx
 
 from detr_jax.models.layers import Dropout, Linear, linear, relu
 from detr_jax.sharding import BATCH_AXES
-from pallas_kernels.feed_forward import Weights, feed_forward
+from pallas_kernels.feed_forward import Weights, feed_forward, is_faster
 from pallas_kernels.over_mesh import other_axes
 
 
@@ -45,15 +45,16 @@ def add_and_norm(
         ffn: the feed-forward block.
         norm2: after it.
         dropout: of the same rate as that of `ffn`.
-        in_one_kernel: by the Pallas kernel for TPUs, wherever it can: with a batch that is split over the mesh's usual
-            axes, and without adapters on the linear layers. It drops the same numbers.
+        in_one_kernel: by the Pallas kernel for TPUs, wherever it can and pays: with a batch that is split over the
+            mesh's usual axes, without adapters on the linear layers. It drops the same numbers.
     """
     plain = type(ffn.linear1) is type(ffn.linear2) is Linear
-    if not in_one_kernel or not plain or other_axes(BATCH_AXES):
+    drawn_rate = 0.0 if rngs is None else dropout.rate
+    if not in_one_kernel or not plain or other_axes(BATCH_AXES) or not is_faster(drawn_rate):
         x = norm1(x + dropout(attended, rngs))
         return norm2(x + dropout(ffn(x, rngs), rngs))
     drawn = [drop.draw_key(rngs) for drop in (dropout, ffn.dropout, dropout)]
-    keys = jnp.stack([key for key in drawn if key is not None]) if drawn[0] is not None else None
+    keys = jnp.stack([key for key in drawn if key is not None]) if drawn_rate else None
     weights = Weights(*_affine(norm1), *ffn.linear1.weights(), *ffn.linear2.weights(), *_affine(norm2))
     return feed_forward(x, attended, weights, keys, rate=dropout.rate, batch_axis=BATCH_AXES)
 

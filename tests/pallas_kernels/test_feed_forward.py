@@ -157,6 +157,13 @@ def test_rows_of_a_tile(monkeypatch):
     assert tensorcore._tile_rows(25728, 256, 1024, 2) == 256 and tensorcore._tile_rows(25728, 256, 8192, 4) == 16
 
 
+def test_where_it_is_faster(monkeypatch):
+    """Not on v4 with dropout."""
+    for generation, rate, expected in ((4, 0.1, False), (4, 0.0, True), (5, 0.1, True), (None, 0.1, True)):
+        monkeypatch.setattr(tensorcore, "tpu_generation", lambda generation=generation: generation)
+        assert tensorcore.is_faster(rate) is expected
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_lowers_for_tpus(dtype):
     """Mosaic takes the kernels at a real size; whether the compiler can fit them into a chip, it does not say."""
