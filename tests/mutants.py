@@ -48,6 +48,63 @@ MUTANTS = [
         "runs",
         "tests/pallas_kernels/test_compiled_program.py",
     ),
+    # The feed-forward kernel.
+    Mutant(
+        "feed-forward kernel: tokens beyond the last count",
+        "pallas_kernels/feed_forward/tensorcore.py",
+        "    if tokens % x.shape[0] == 0:",
+        "    if True:",
+        "tests/pallas_kernels/test_feed_forward.py -k initialized",
+    ),
+    Mutant(
+        "feed-forward kernel: images share their dropout",
+        "pallas_kernels/feed_forward/tensorcore.py",
+        "images[pl.program_id(0)] * jnp.uint32(tokens) + ",
+        "",
+        "tests/pallas_kernels/test_feed_forward.py -k definition",
+    ),
+    Mutant(
+        "feed-forward kernel: images of a mesh are counted anew on each device",
+        "pallas_kernels/feed_forward/tensorcore.py",
+        "dx, dattended, norms, *linear = _call(",
+        "images = images - images[0]\n    dx, dattended, norms, *linear = _call(",
+        "tests/pallas_kernels/test_feed_forward.py -k mesh",
+    ),
+    Mutant(
+        "feed-forward kernel: ReLU's derivative is 1 at 0",
+        "pallas_kernels/feed_forward/tensorcore.py",
+        "dh = jnp.where(h != 0, ",
+        "dh = jnp.where(h >= 0, ",
+        "tests/pallas_kernels/test_feed_forward.py -k definition",
+    ),
+    Mutant(
+        "feed-forward kernel: gradients of one tile only",
+        "pallas_kernels/feed_forward/tensorcore.py",
+        "@pl.when(pl.program_id(1) == 0)",
+        "@pl.when(pl.program_id(1) >= 0)",
+        "tests/pallas_kernels/test_feed_forward.py -k definition",
+    ),
+    Mutant(
+        "adapters are left out by the feed-forward kernel",
+        "detr_jax/models/feed_forward.py",
+        "plain = type(ffn.linear1) is type(ffn.linear2) is Linear",
+        "plain = True",
+        "tests/detr_jax/models/test_implementations.py -k half",
+    ),
+    Mutant(
+        "the feed-forward kernel draws in another order",
+        "detr_jax/models/feed_forward.py",
+        "(dropout, ffn.dropout, dropout)]\n    keys = jnp.stack([key for key in drawn",
+        "(dropout, ffn.dropout, dropout)]\n    keys = jnp.stack([key for key in drawn[::-1]",
+        "tests/detr_jax/models/test_implementations.py -k half",
+    ),
+    Mutant(
+        "relu without dropout is scaled as with it",
+        "detr_jax/models/layers.py",
+        "    scale = 1 if primals[1] is None else 1 - rate",
+        "    scale = 1 - rate",
+        "tests/detr_jax/models/test_models.py -k relu",
+    ),
     # Imports.
     *(
         Mutant(
