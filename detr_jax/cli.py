@@ -173,7 +173,7 @@ def parse_eval(argv: Sequence[str], prog: str = "eval.py") -> tuple[EvalOptions,
         if is_ours(checkpoint):
             saved = store.read_metadata(checkpoint)
             data = from_dict(saved["config"], saved["model"], checkpoint).data
-        else:
+        elif not {"-h", "--help"} & set(argv):  # which needs no gigabyte from a hub
             checkpoint = load(checkpoint)
             data = checkpoint.data
     options = tyro.cli(

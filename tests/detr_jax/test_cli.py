@@ -95,6 +95,13 @@ def test_help_lists_fields_with_their_meaning(capsys):
     assert "--train.batch-size" in text and "Global batch over all devices and hosts" in text
 
 
+def test_help_of_evaluation_loads_nothing(capsys):
+    """The checkpoint may be a name on a hub."""
+    with pytest.raises(SystemExit, match="0"):
+        cli.parse_eval(["--checkpoint", "somebody/deformable-detr", "--help"])
+    assert "--tta" in capsys.readouterr().out
+
+
 def test_wrong_configs_are_named(tmp_path):
     with pytest.raises(ValueError, match="--config is missing"):
         cli.parse_train([])
