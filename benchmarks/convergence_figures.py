@@ -259,7 +259,7 @@ def draw_ap(found: Sequence[Result], part: str) -> Figure | None:
     groups = by_model(found, part)
     if not groups:
         return None
-    costs = {result["model"]: result for result in found if result["part"] == "cost"}
+    costs = {result["model"]: result for result in found if result["part"] == "cost" and result["model"] in groups}
     figure, panels = new_figure(3 if costs else 1)
     clock = next((result["clock"] for result in costs.values()), "")
     units = (("epoch", None, 1), ("TFLOPs", "gflops_per_step", 1e-3), (f"minutes, {clock}", "seconds_per_step", 1 / 60))

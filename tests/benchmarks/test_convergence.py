@@ -217,6 +217,8 @@ def test_figures_and_tables(study, figures, tmp_path, capsys):
     assert "| DETR, encoder | 20 | 3.00 | 3.00 (100%) | 1.00 (33%) |" in text
     assert "Ablations: not run." in text and "`main` 5 of 21" in text and "### deep_pcb\n\nNot run." in text
     assert all((results / f"bccd_{name}.png").stat().st_size > 5000 for name in ("ap", "sizes", "entropy", "demo"))
+    assert len(figures.draw_ap(stored, "main").axes) == 3
+    assert len(figures.draw_ap(stored, "demo").axes) == 1, "no step of these models was counted"
     assert "deep_pcb" in capsys.readouterr().out
 
 
