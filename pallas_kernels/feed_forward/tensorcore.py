@@ -77,7 +77,7 @@ def feed_forward(
         weights: of float32; they are rounded to `x`'s type for the products.
         keys: uint32 `[3, 2]`, two words for each dropout, in the order of the equation above from the inside (that of
             `attended`, of the ReLU, of `linear2`); `None`: nothing is dropped.
-        rate: of all three.
+        rate: of all three, from 0 up to 1.
         batch_axis: mesh axis, or several, over which the batch is split.
         interpret: run on the CPU, slowly: for tests.
 
@@ -85,9 +85,9 @@ def feed_forward(
         `[b, s, c]` in `x`'s type.
 
     Raises:
-        ValueError: shapes that do not fit together, or a mesh with other axes (`pallas_kernels.over_mesh`).
+        ValueError: shapes that do not fit together, a rate out of its range, or a mesh with other axes (`pallas_kernels.over_mesh`).
     """
-    _check(x, attended, weights, keys)
+    _check(x, attended, weights, keys, rate)
     if 0 in x.shape:
         return jnp.zeros(x.shape, x.dtype)
     images = jnp.arange(x.shape[0], dtype=jnp.uint32)
@@ -117,7 +117,7 @@ def weight_shapes(c: int, f: int) -> tuple[tuple[int, ...], ...]:
     return (c,), (c,), (c, f), (f,), (f, c), (c,), (c,), (c,)
 
 
-def _check(x, attended, weights, keys):
+def _check(x, attended, weights, keys, rate):
     if x.ndim != 3 or x.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"x must be [b, s, c] in float32 or bfloat16, got {x.shape} in {x.dtype}")
     if attended.shape != x.shape:
@@ -128,6 +128,8 @@ def _check(x, attended, weights, keys):
             raise ValueError(f"weights.{name} must be {shape} for x {x.shape} and {f} hidden channels, got {got}")
     if keys is not None and (keys.shape != (3, 2) or keys.dtype != jnp.uint32):
         raise ValueError(f"keys must be uint32 [3, 2], got {keys.dtype} {keys.shape}")
+    if not 0 <= rate < 1:
+        raise ValueError(f"rate={rate} must be at least 0 and less than 1")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))

@@ -132,6 +132,8 @@ def test_what_is_refused():
         feed_forward(x, attended, weights._replace(kernel2=weights.kernel1))
     with pytest.raises(ValueError, match=r"keys must be uint32 \[3, 2\], got uint32 \(2,\)"):
         feed_forward(x, attended, weights, KEYS[0], rate=0.1)
+    with pytest.raises(ValueError, match=r"rate=1.0 must be at least 0 and less than 1"):
+        feed_forward(x, attended, weights, KEYS, rate=1.0)
     with (
         jax.set_mesh(jax.make_mesh((2, 2), ("data", "model"), devices=jax.devices()[:4])),
         pytest.raises(ValueError, match=r"feed_forward: the mesh .* has axes \['model'\]"),
