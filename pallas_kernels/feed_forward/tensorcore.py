@@ -85,7 +85,8 @@ def feed_forward(
         `[b, s, c]` in `x`'s type.
 
     Raises:
-        ValueError: shapes that do not fit together, a rate out of its range, or a mesh with other axes (`pallas_kernels.over_mesh`).
+        ValueError: shapes that do not fit together, a rate out of its range, or a mesh with other
+            axes (`pallas_kernels.over_mesh`).
     """
     _check(x, attended, weights, keys, rate)
     if 0 in x.shape:
