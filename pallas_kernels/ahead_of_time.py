@@ -189,7 +189,8 @@ class Bundle:
 
 def bundles(folder: Path, label: str) -> list[Bundle]:
     """The bundles of the HLO instruction `label`, compiled last."""
-    for name in (label, label.rpartition(".")[0]):  # of equal instructions one is compiled
+    base = label.rpartition(".")[0] or label
+    for name in (label, base, f"{base}.*"):  # of equal instructions one is compiled, under its own name
         files = [file for file in folder.glob(f"*-{name}-*final_bundles.txt") if "schedule-analysis" not in file.name]
         if files:
             break

@@ -66,6 +66,14 @@ def test_kernels_are_found_by_name():
     assert kernel == ahead_of_time.Kernel("jvp_my_kernel_.1", 2 * 2**20)
 
 
+def test_of_equal_instructions_one_is_compiled(tmp_path):
+    """A kernel that works off a large map in equal parts is such a case."""
+    (tmp_path / "17-my_kernel.5-01-final_bundles.txt").write_text(GATHER)
+    assert ahead_of_time.bundles(tmp_path, "my_kernel.6") == ahead_of_time.bundles(tmp_path, "my_kernel.5")
+    with pytest.raises(FileNotFoundError):
+        ahead_of_time.bundles(tmp_path, "other_kernel.6")
+
+
 def test_missing_bundles_say_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no bundles of fusion\.3: call dump_bundles before"):
         ahead_of_time.bundles(tmp_path, "fusion.3")
