@@ -112,7 +112,7 @@ def line(generation: str, name: str, bucket: tuple[int, int], batch_size: int, i
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     cost = ahead_of_time.cost(compiled, folder=None)
-    kernels = count_kernels(config, sampler.max_boxes, bucket, generation, batch_size)
+    kernels = count_kernels(compiled, config, sampler.max_boxes, bucket, generation, batch_size)
     sizes = [memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.generated_code_size_in_bytes]
     cycles = [cost.cycles, kernels.gathers, kernels.bundles, cost.cycles + kernels.gathers + kernels.bundles]
     columns = [f"{size / 2**30:>10.2f}" for size in sizes]

@@ -109,6 +109,11 @@ def spread(values: Sequence[float], form: str = ".3f") -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
 
 
+def at_the_end(runs: Sequence[Result]) -> list[str]:
+    """The `SCORES` of their last evaluations, over seeds."""
+    return [spread([run["curve"][-1][score] for run in runs]) for score in SCORES]
+
+
 def table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A Markdown table."""
     lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
@@ -143,7 +148,7 @@ def main_table(found: Sequence[Result]) -> list[str]:
     rows = []
     for part, note in (("main", ""), ("long", ", long run")):
         for model, runs in by_model(found, part).items():
-            numbers = [spread([run["curve"][-1][score] for run in runs]) for score in SCORES]
+            numbers = at_the_end(runs)
             rows.append([NAMES[model] + note, str(runs[0]["epochs"]), str(len(runs)), *numbers])
     if not rows:
         return ["Main curve: not run."]
@@ -198,7 +203,7 @@ def ablation_table(found: Sequence[Result]) -> list[str]:
     rows = []
     for model, name in order.items():
         if model in groups:
-            numbers = [spread([run["curve"][-1][score] for run in groups[model]]) for score in SCORES]
+            numbers = at_the_end(groups[model])
             rows.append([name or NAMES[model], str(len(groups[model])), *numbers])
     if not by_model(found, "ablation"):
         return ["Ablations: not run."]
@@ -208,10 +213,7 @@ def ablation_table(found: Sequence[Result]) -> list[str]:
 def demo_table(found: Sequence[Result]) -> list[str]:
     """The demo's config, and with one change."""
     groups = by_model(found, "demo")
-    rows = [
-        [NAMES[model], str(len(runs)), *(spread([run["curve"][-1][score] for run in runs]) for score in SCORES)]
-        for model, runs in groups.items()
-    ]
+    rows = [[NAMES[model], str(len(runs)), *at_the_end(runs)] for model, runs in groups.items()]
     if not rows:
         return ["The demo's config and one change: not run."]
     title = "The demo's config and one change, at the end of its training, mean (lowest to highest) over seeds."

@@ -220,7 +220,7 @@ def plan_step(
     limits = ahead_of_time.limits(mesh)
     cycles = sum((operation.cycles or 0) * operation.runs for operation in program.operations)
     images = config.train.batch_size // mesh.size
-    kernels = count_kernels(config, sampler.max_boxes, bucket, limits.generation, images)
+    kernels = count_kernels(compiled, config, sampler.max_boxes, bucket, limits.generation, images)
     # An all-reduce in a ring sends and receives almost all bytes twice.
     sent = 2 * (mesh.size - 1) / mesh.size * sum(z.bytes for z in found)
     ms = Milliseconds(
@@ -274,7 +274,9 @@ class Kernels(NamedTuple):
     """Of the feed-forward kernels' products; what they compute again in the backward pass is not in it."""
 
 
-def count_kernels(config: Config, max_boxes: int, bucket: Bucket, generation: str, images: int) -> Kernels:
+def count_kernels(
+    compiled: jax.stages.Compiled, config: Config, max_boxes: int, bucket: Bucket, generation: str, images: int
+) -> Kernels:
     """For so many images on a device, in bfloat16; layers are compiled once more for that, each for itself."""
     gathers = bundles = flops = 0
     implementation = getattr(config.model, "implementation", None) or "tensorcore"
@@ -282,13 +284,18 @@ def count_kernels(config: Config, max_boxes: int, bucket: Bucket, generation: st
     for shape, count in layers:
         per_layer = _layer_bundles(shape, generation, implementation)
         gathers, bundles = gathers + images * count * per_layer[0], bundles + images * count * per_layer[1]
-    if layers and implementation == "tensorcore":
+    if ahead_of_time.kernels(compiled, "feed_forward_forward"):  # not everywhere: see `add_and_norm`
         (encoder, count), model = layers[0], config.model
         tokens = images, block_order(encoder.spatial_shapes).length, model.hidden_dim
-        passes = ahead_of_time.apart(feed_forward.kernel_bundles, tokens, model.ffn_dim, generation, model.dropout)
-        bundles += count * sum(issued for issued, _ in passes.values())
+        bundles += count * _feed_forward_bundles(tokens, model.ffn_dim, generation, model.dropout)
         flops += count * 3 * 4 * math.prod(tokens) * model.ffn_dim  # twice as many backward; two operations each
     return Kernels(gathers, bundles, flops)
+
+
+@functools.cache
+def _feed_forward_bundles(tokens: tuple[int, int, int], hidden: int, generation: str, rate: float) -> int:
+    passes = ahead_of_time.apart(feed_forward.kernel_bundles, tokens, hidden, generation, rate)
+    return sum(issued for issued, _ in passes.values())
 
 
 @functools.cache

@@ -49,14 +49,14 @@ def add_and_norm(
             mesh's usual axes, without adapters on the linear layers. It drops the same numbers.
     """
     plain = type(ffn.linear1) is type(ffn.linear2) is Linear
-    drawn_rate = 0.0 if rngs is None else dropout.rate
-    if not in_one_kernel or not plain or other_axes(BATCH_AXES) or not is_faster(drawn_rate):
+    rate = 0.0 if rngs is None else dropout.rate
+    if not in_one_kernel or not plain or other_axes(BATCH_AXES) or not is_faster(rate):
         x = norm1(x + dropout(attended, rngs))
         return norm2(x + dropout(ffn(x, rngs), rngs))
     drawn = [drop.draw_key(rngs) for drop in (dropout, ffn.dropout, dropout)]
-    keys = jnp.stack([key for key in drawn if key is not None]) if drawn_rate else None
+    keys = jnp.stack([key for key in drawn if key is not None]) if rate else None
     weights = Weights(*_affine(norm1), *ffn.linear1.weights(), *ffn.linear2.weights(), *_affine(norm2))
-    return feed_forward(x, attended, weights, keys, rate=dropout.rate, batch_axis=BATCH_AXES)
+    return feed_forward(x, attended, weights, keys, rate=rate, batch_axis=BATCH_AXES)
 
 
 def _affine(norm: nnx.LayerNorm) -> tuple[jax.Array, jax.Array]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -104,6 +105,16 @@ def test_attention_layers_of_published_models():
     config = dataclasses.replace(config, model=DINOConfig.r50_5scale())
     (encoder, _), (decoder, _) = plan.attention_layers(config, 93, (800, 1333))
     assert encoder.spatial_shapes == ((200, 334), *COCO_WIDE) and decoder.queries == 900 + 200
+
+
+def test_feed_forward_kernels_count_where_the_program_has_them(monkeypatch):
+    config = dataclasses.replace(tiny.config(), model=DeformableDETRConfig.r50_two_stage())
+    monkeypatch.setattr(plan, "_layer_bundles", lambda *_: (1.0, 10.0))
+    monkeypatch.setattr(plan, "_feed_forward_bundles", lambda tokens, *_: tokens[0] * 100)
+    for text, bundles in (("", 2 * 12 * 10), ("%jvp_feed_forward_forward_.1 = f32[] custom-call(%x)", 1440)):
+        compiled = SimpleNamespace(as_text=lambda text=text: text)
+        kernels = plan.count_kernels(compiled, config, 93, (800, 1333), "v5e", 2)
+        assert (kernels.gathers, kernels.bundles) == (24, bundles) and bool(kernels.flops) == bool(text)
 
 
 def test_hours_and_largest_batch():
