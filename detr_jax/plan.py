@@ -36,6 +36,7 @@ from detr_jax.training import abstract_batch
 from pallas_kernels import ahead_of_time
 from pallas_kernels.compiled_program import Program
 from pallas_kernels.feed_forward import bench as feed_forward
+from pallas_kernels.ms_deform_attn import self_attention_bench
 from pallas_kernels.ms_deform_attn.bench import layer_bundles
 from pallas_kernels.ms_deform_attn.order import block_order
 from pallas_kernels.ms_deform_attn.shapes import Shape
@@ -271,7 +272,7 @@ class Kernels(NamedTuple):
     bundles: float = 0.0
     """Of Pallas kernels, but for those of deformable convolutions."""
     flops: int = 0
-    """Of the feed-forward kernels' products; what they compute again in the backward pass is not in it."""
+    """Of the encoder's kernels but for the sampling's; what they compute again in the backward pass is not in it."""
 
 
 def count_kernels(
@@ -284,12 +285,27 @@ def count_kernels(
     for shape, count in layers:
         per_layer = _layer_bundles(shape, generation, implementation)
         gathers, bundles = gathers + images * count * per_layer[0], bundles + images * count * per_layer[1]
-    if ahead_of_time.kernels(compiled, "feed_forward_forward"):  # not everywhere: see `add_and_norm`
-        (encoder, count), model = layers[0], config.model
-        tokens = images, block_order(encoder.spatial_shapes).length, model.hidden_dim
+    if not layers or not isinstance(config.model, DeformableDETRConfig):
+        return Kernels(gathers, bundles)
+    # The other kernels of an encoder layer, where the program has them: see `EncoderLayer.by_kernels`. Their products
+    # are twice as many backward, of two operations each.
+    (encoder, count), model = layers[0], config.model
+    tokens = images, block_order(encoder.spatial_shapes).length, model.hidden_dim
+    product = count * 3 * 2 * math.prod(tokens)
+    if ahead_of_time.kernels(compiled, "ms_deform_attn_project_forward"):
+        samples = encoder.heads * len(encoder.spatial_shapes) * encoder.points
+        bundles += count * _projection_cycles(encoder, images, model.hidden_dim, generation)
+        flops += product * (model.hidden_dim + 3 * samples)
+    if ahead_of_time.kernels(compiled, "feed_forward_forward"):
         bundles += count * _feed_forward_bundles(tokens, model.ffn_dim, generation, model.dropout)
-        flops += count * 3 * 4 * math.prod(tokens) * model.ffn_dim  # twice as many backward; two operations each
+        flops += product * (model.hidden_dim + 2 * model.ffn_dim)
     return Kernels(gathers, bundles, flops)
+
+
+@functools.cache
+def _projection_cycles(shape: Shape, images: int, channels: int, generation: str) -> float:
+    sizes = shape.spatial_shapes, images, shape.heads, shape.points, channels
+    return sum(ahead_of_time.apart(self_attention_bench.kernel_cycles, *sizes, generation).values())
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ Axes = str | Sequence[str] | None
 
 
 def over_mesh(
-    function: Callable[..., jax.Array],
+    function: Callable[..., Any],
     *arrays: jax.Array,
     shared: Sequence[jax.Array] = (),
     op: str,
@@ -19,7 +20,7 @@ def over_mesh(
     head_axis: Axes = None,
     head_dim: int = 0,
     partitions: bool,
-) -> jax.Array:
+) -> Any:
     """`function(*arrays, *shared)`, computed by all devices of the mesh (`jax.set_mesh`).
 
     Images are independent of each other, and so are heads.
@@ -28,11 +29,11 @@ def over_mesh(
     are used.
 
     Args:
-        function: of any number of images and heads.
+        function: of any number of images and heads; returns an array or several.
         arrays: `[b, ...]`.
         shared: arrays that all images and heads share, such as a convolution's kernel.
         op: its name, for errors.
-        batch_axis: mesh axes over which axis 0 of the arrays and of the result is split, as far as the mesh has them.
+        batch_axis: mesh axes over which axis 0 of the arrays and of the results is split, as far as the mesh has them.
         head_axis: mesh axes over which axis `head_dim` of them is split.
         head_dim: the axis of the heads.
         partitions: XLA can partition `function`: other axes of the mesh are left to it.
@@ -71,7 +72,7 @@ def over_mesh(
     split = jax.shard_map(function, in_specs=in_specs, out_specs=spec, axis_names=names, check_vma=False)
     output = jax.jit(split)(*arrays, *shared)  # outside of a jit too, all of it in one program
     if not isinstance(padding, int) or padding:
-        output = (jax.sharding.reshard(output, jax.P()) if explicit else output)[:images]
+        output = jax.tree.map(lambda x: (jax.sharding.reshard(x, jax.P()) if explicit else x)[:images], output)
     return output
 
 

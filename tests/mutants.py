@@ -39,6 +39,10 @@ CONFIG, TRAIN_STEP = "detr_jax/config.py", "detr_jax/train_step.py"
 DETECTOR, DEFORMABLE = "detr_jax/detector.py", "detr_jax/models/deformable_detr.py"
 ONE_HUNDRED = "tests/detr_jax/test_published.py::test_a_hundred_detections_per_image"
 DETACHED = "tests/detr_jax/models/test_detached.py"
+ENCODER_LAYER = "detr_jax/models/encoder_layer.py"
+IMPLEMENTATIONS = "tests/detr_jax/models/test_implementations.py"
+SELF_ATTENTION = "pallas_kernels/ms_deform_attn/self_attention.py"
+SELF_ATTENTION_TESTS = "tests/pallas_kernels/ms_deform_attn/test_self_attention.py"
 
 MUTANTS = [
     Mutant(
@@ -52,7 +56,7 @@ MUTANTS = [
     Mutant(
         "feed-forward kernel: tokens beyond the last count",
         "pallas_kernels/feed_forward/tensorcore.py",
-        "    if tokens % x.shape[0] == 0:",
+        "    if tokens % x.shape[axis] == 0:",
         "    if True:",
         "tests/pallas_kernels/test_feed_forward.py -k initialized",
     ),
@@ -66,8 +70,8 @@ MUTANTS = [
     Mutant(
         "feed-forward kernel: images of a mesh are counted anew on each device",
         "pallas_kernels/feed_forward/tensorcore.py",
-        "dx, dattended, norms, *linear = _call(",
-        "images = images - images[0]\n    dx, dattended, norms, *linear = _call(",
+        "dx, dsampled, norms, *linear = _call(",
+        "images = images - images[0]\n    dx, dsampled, norms, *linear = _call(",
         "tests/pallas_kernels/test_feed_forward.py -k mesh",
     ),
     Mutant(
@@ -84,19 +88,62 @@ MUTANTS = [
         "@pl.when(pl.program_id(1) >= 0)",
         "tests/pallas_kernels/test_feed_forward.py -k definition",
     ),
+    # An encoder layer by kernels.
     Mutant(
-        "adapters are left out by the feed-forward kernel",
-        "detr_jax/models/feed_forward.py",
-        "plain = type(ffn.linear1) is type(ffn.linear2) is Linear",
+        "adapters are left out by the encoder's kernels",
+        ENCODER_LAYER,
+        "plain = all(type(layer) is Linear for layer in layers)",
         "plain = True",
-        "tests/detr_jax/models/test_implementations.py -k half",
+        f"{IMPLEMENTATIONS} -k by_kernels",
+    ),
+    Mutant(
+        "the encoder's kernels capture nothing",
+        ENCODER_LAYER,
+        " and not is_captured(attention)",
+        "",
+        "tests/detr_jax/visualize/test_inspection.py -k blocks",
     ),
     Mutant(
         "the feed-forward kernel draws in another order",
-        "detr_jax/models/feed_forward.py",
-        "(dropout, ffn.dropout, dropout)]\n    keys = jnp.stack([key for key in drawn",
-        "(dropout, ffn.dropout, dropout)]\n    keys = jnp.stack([key for key in drawn[::-1]",
-        "tests/detr_jax/models/test_implementations.py -k half",
+        ENCODER_LAYER,
+        "keys = jnp.stack([key for key in drawn",
+        "keys = jnp.stack([key for key in drawn[::-1]",
+        f"{IMPLEMENTATIONS} -k by_kernels",
+    ),
+    Mutant(
+        "projections' kernel: gradients of one step only",
+        SELF_ATTENTION,
+        "@pl.when(pl.program_id(1) == 0)",
+        "@pl.when(pl.program_id(1) >= 0)",
+        f"{SELF_ATTENTION_TESTS} -k projections",
+    ),
+    Mutant(
+        "projections' kernel: the residual's gradient is left out",
+        SELF_ATTENTION,
+        " + dresidual_ref[0].astype(jnp.float32)",
+        "",
+        f"{SELF_ATTENTION_TESTS} -k projections",
+    ),
+    Mutant(
+        "projections' kernel: the padding of the order samples",
+        SELF_ATTENTION,
+        "    points = jnp.where(order.is_token[:, None, None], points, -jnp.inf)\n",
+        "",
+        f"{SELF_ATTENTION_TESTS} -k projections",
+    ),
+    Mutant(
+        "projections' kernel: values of padding have gradients",
+        SELF_ATTENTION,
+        "    dvalue = jnp.where(valid_ref[0] > 0, dvalue, 0)\n",
+        "",
+        f"{SELF_ATTENTION_TESTS} -k projections",
+    ),
+    Mutant(
+        "projections' kernel: softmax without its mean gradient",
+        SELF_ATTENTION,
+        "weight * (dweight - (weight * dweight).sum(0, keepdims=True))",
+        "weight * dweight",
+        f"{SELF_ATTENTION_TESTS} -k projections",
     ),
     Mutant(
         "relu without dropout is scaled as with it",

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from detr_jax.config import DeformableDETRConfig
 from detr_jax.models.layers import Dropout, Linear, capture, linear
 from detr_jax.sharding import BATCH_AXES
 from pallas_kernels import BlockOrder, block_order, ms_deform_attn
-from pallas_kernels.ms_deform_attn import best_implementation
+from pallas_kernels.ms_deform_attn import Projections, best_implementation
 
 
 class MultiHeadAttention(nnx.Module):
@@ -149,6 +150,25 @@ class MSDeformAttn(nnx.Module):
             batch_axis=BATCH_AXES,
         )
         return project(self.output_proj, output.reshape(b, q, -1))
+
+    def projections(self) -> Projections:
+        """Kernels and biases of what comes before the sampling."""
+        kernel, bias = self.sampling_offsets.weights()
+        x, y = ((kernel[:, i::2], bias[i::2]) for i in range(2))
+        return Projections(self.value_proj.weights(), x, y, self.attention_weights.weights())
+
+
+def deformable_attention(config: DeformableDETRConfig, num_points: int, *, rngs: nnx.Rngs) -> MSDeformAttn:
+    """The attention of an encoder or decoder layer."""
+    return MSDeformAttn(
+        config.hidden_dim,
+        config.num_heads,
+        config.num_levels,
+        num_points,
+        implementation=config.implementation,
+        dtype=config.dtype,
+        rngs=rngs,
+    )
 
 
 @jax.tree_util.register_dataclass

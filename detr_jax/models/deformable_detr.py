@@ -10,8 +10,9 @@ from flax import nnx
 
 from detr_jax.config import DeformableDETRConfig
 from detr_jax.errors import UserError
-from detr_jax.models.attention import MSDeformAttn, MultiHeadAttention, Tokens, token_order
-from detr_jax.models.feed_forward import FeedForward, add_and_norm
+from detr_jax.models.attention import MultiHeadAttention, Tokens, deformable_attention, token_order
+from detr_jax.models.encoder_layer import EncoderLayer
+from detr_jax.models.feed_forward import FeedForward
 from detr_jax.models.layers import (
     MLP,
     Conv,
@@ -26,34 +27,6 @@ from detr_jax.models.layers import (
 from detr_jax.models.padding import valid_cells, valid_nearest, zero_padding
 from detr_jax.models.position import sine_boxes, sine_map
 from detr_jax.models.resnet import ResNet
-
-
-class EncoderLayer(nnx.Module):
-    """Multi-scale deformable self-attention and feed-forward over the tokens of all levels."""
-
-    def __init__(self, config: DeformableDETRConfig, *, rngs: nnx.Rngs):
-        c, dtype = config.hidden_dim, config.dtype
-        self.self_attn = deformable_attention(config, config.encoder_points, rngs=rngs)
-        self.ffn = FeedForward(c, config.ffn_dim, config.dropout, dtype=dtype, rngs=rngs)
-        self.norm1, self.norm2 = (layer_norm(c, dtype=dtype, rngs=rngs) for _ in range(2))
-        self.dropout = Dropout(config.dropout)
-
-    @jax.named_scope("encoder_layer")
-    def __call__(self, tokens: Tokens, position, reference_points, rngs) -> Tokens:
-        """`position [b, s, c]`, `reference_points [b, s, l, 2]`, both in the order of the tokens."""
-        x = tokens.features
-        attended = self.self_attn(x + position, reference_points, tokens)
-        x = add_and_norm(
-            x,
-            attended,
-            rngs,
-            norm1=self.norm1,
-            ffn=self.ffn,
-            norm2=self.norm2,
-            dropout=self.dropout,
-            in_one_kernel=tokens.order is not None,
-        )
-        return dataclasses.replace(tokens, features=x)
 
 
 class DecoderLayer(nnx.Module):
@@ -329,19 +302,6 @@ def cell_boxes(valid: jax.Array, size: float) -> jax.Array:
     y = (jnp.arange(h) + 0.5) / valid[:, :, 0].sum(-1, keepdims=True)
     x, y = jnp.broadcast_to(x[:, None], (b, h, w)), jnp.broadcast_to(y[:, :, None], (b, h, w))
     return jnp.stack([x, y, jnp.full_like(x, size), jnp.full_like(x, size)], -1).reshape(b, h * w, 4)
-
-
-def deformable_attention(config: DeformableDETRConfig, num_points: int, *, rngs: nnx.Rngs) -> MSDeformAttn:
-    """The attention of an encoder or decoder layer."""
-    return MSDeformAttn(
-        config.hidden_dim,
-        config.num_heads,
-        config.num_levels,
-        num_points,
-        implementation=config.implementation,
-        dtype=config.dtype,
-        rngs=rngs,
-    )
 
 
 def make_class_embed(features: int, num_classes: int, *, rngs: nnx.Rngs) -> nnx.Linear:

@@ -153,8 +153,13 @@ def capture(module: nnx.Module, name: str, value) -> None:
 
     Otherwise it does nothing, under `jax.jit` not even an operation: nothing is stored on the module.
     """
-    if hasattr(module, "__captures__"):
+    if is_captured(module):
         module.sow(nnx.Intermediate, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+
+
+def is_captured(module: nnx.Module) -> bool:
+    """Whether `nnx.capture` runs the model."""
+    return hasattr(module, "__captures__")
 
 
 def recompute(active: bool, layer: Callable[..., Output], *args) -> Output:

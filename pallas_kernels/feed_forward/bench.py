@@ -15,15 +15,15 @@ def abstract_problem(
     shape: tuple[int, int, int], hidden: int, dtype: str = "bfloat16"
 ) -> tuple[Any, Any, Weights, Any]:
     """The arguments of `feed_forward` for tokens `[b, s, c]`, to compile for."""
-    x = jax.ShapeDtypeStruct(shape, dtype)
-    sizes: list[Any] = [jax.ShapeDtypeStruct(size, jnp.float32) for size in weight_shapes(shape[2], hidden)]
-    weights = Weights(*sizes)
-    return x, x, weights, jax.ShapeDtypeStruct((3, 2), jnp.uint32)
+    b, s, c = shape
+    sizes: list[Any] = [jax.ShapeDtypeStruct(size, jnp.float32) for size in weight_shapes(c, c, hidden)]
+    sampled = jax.ShapeDtypeStruct((b, c, s), dtype)
+    return jax.ShapeDtypeStruct(shape, dtype), sampled, Weights(*sizes), jax.ShapeDtypeStruct((3, 2), jnp.uint32)
 
 
-def both_passes(x, attended, weights, keys, gradient, *, rate: float = 0.1):
+def both_passes(x, sampled, weights, keys, gradient, *, rate: float = 0.1):
     """The output of `feed_forward`, and all gradients."""
-    y, vjp = jax.vjp(lambda x, attended, w: feed_forward(x, attended, w, keys, rate=rate), x, attended, weights)
+    y, vjp = jax.vjp(lambda x, sampled, w: feed_forward(x, sampled, w, keys, rate=rate), x, sampled, weights)
     return y, vjp(gradient)
 
 
@@ -36,11 +36,11 @@ def kernel_bundles(
     process compiles, or of none.
     """
     ahead_of_time.require_libtpu()
-    x, attended, weights, keys = abstract_problem(shape, hidden)
+    x, sampled, weights, keys = abstract_problem(shape, hidden)
     with tempfile.TemporaryDirectory() as folder:
         ahead_of_time.dump_bundles(Path(folder))
         compiled = ahead_of_time.compile_for(
-            generation, lambda *arrays: both_passes(*arrays, rate=rate), x, attended, weights, keys, x
+            generation, lambda *arrays: both_passes(*arrays, rate=rate), x, sampled, weights, keys, x
         )
         found = {}
         for name in ("forward", "backward"):

@@ -1,12 +1,13 @@
-"""What a post-norm transformer layer does after its attention, on the TensorCore of a TPU, as one Pallas kernel.
+"""What a post-norm transformer layer does with what its attention sampled, on the TensorCore of a TPU, as one kernel.
 
-    u = x + dropout(attended)          v = norm1(u)
+    a = s^T W0 + b0
+    u = x + dropout(a)                 v = norm1(u)
     h = dropout(relu(v W1 + b1))       z = h W2 + b2
     w = v + dropout(z)                 y = norm2(w)
 
 By XLA each line is a pass over the tokens in main memory, `h` with four times the channels. Here a tile of tokens goes
-through all of them in vector memory. Backward, the tile is computed again from `x` and `attended`, so that nothing else
-is kept, and the gradients of the weights are added up over the tiles of an image, in float32.
+through all of them in vector memory. Backward, the tile is computed again from `x` and `s`, so that nothing else is
+kept, and the gradients of the weights are added up over the tiles of an image, in float32.
 
 What is dropped is a hash of the number's place in the batch (`pallas_kernels.dropout`), as it is elsewhere: the same
 numbers on any number of devices.
@@ -28,15 +29,19 @@ from pallas_kernels.over_mesh import Axes, over_mesh
 
 CHUNK = 256
 """Channels of `h` at a time: the vector unit works on one chunk while the matrix unit makes the next."""
-ROWS = (384, 256, 128, 64, 32, 16)
+ROWS = (384, 256, 128)
 """Tokens in a tile: the first of these whose tile fits into the vector memory."""
 EPSILON = 1e-5
 """Of the norms."""
 
 
 class Weights(NamedTuple):
-    """Of the two norms and the two linear layers between them."""
+    """Of the attention's output projection, the two norms and the two linear layers between them."""
 
+    kernel0: jax.Array
+    """`[a, c]`."""
+    bias0: jax.Array
+    """`[c]`."""
     scale1: jax.Array
     """`[c]`."""
     shift1: jax.Array
@@ -57,7 +62,7 @@ class Weights(NamedTuple):
 
 def feed_forward(
     x: jax.Array,
-    attended: jax.Array,
+    sampled: jax.Array,
     weights: Weights,
     keys: jax.Array | None = None,
     *,
@@ -65,18 +70,18 @@ def feed_forward(
     batch_axis: Axes = "data",
     interpret: bool = False,
 ) -> jax.Array:
-    """`norm2(v + dropout(linear2(dropout(relu(linear1(v))))))` with `v = norm1(x + dropout(attended))`.
+    """`norm2(v + dropout(linear2(dropout(relu(linear1(v))))))` with `v = norm1(x + dropout(linear0(sampled)))`.
 
-    Differentiable once, in reverse, in `x`, `attended` and the weights. float32 is multiplied in float32 (six bfloat16
+    Differentiable once, in reverse, in `x`, `sampled` and the weights. float32 is multiplied in float32 (six bfloat16
     passes); bfloat16 in bfloat16, with sums, norms and all that lies between the products in float32. Under a mesh
     (`jax.set_mesh`), images are split over `batch_axis`.
 
     Args:
         x: `[b, s, c]`, float32 or bfloat16: the residual stream.
-        attended: `[b, s, c]`, the attention's output.
+        sampled: `[b, a, s]`, tokens last: what the heads of the attention have sampled, before its output projection.
         weights: of float32; they are rounded to `x`'s type for the products.
         keys: uint32 `[3, 2]`, two words for each dropout, in the order of the equation above from the inside (that of
-            `attended`, of the ReLU, of `linear2`); `None`: nothing is dropped.
+            `linear0`, of the ReLU, of `linear2`); `None`: nothing is dropped.
         rate: of all three, from 0 up to 1.
         batch_axis: mesh axis, or several, over which the batch is split.
         interpret: run on the CPU, slowly: for tests.
@@ -88,7 +93,7 @@ def feed_forward(
         ValueError: shapes that do not fit together, a rate out of its range, or a mesh with other
             axes (`pallas_kernels.over_mesh`).
     """
-    _check(x, attended, weights, keys, rate)
+    _check(x, sampled, weights, keys, rate)
     if 0 in x.shape:
         return jnp.zeros(x.shape, x.dtype)
     images = jnp.arange(x.shape[0], dtype=jnp.uint32)
@@ -96,12 +101,12 @@ def feed_forward(
         keys, rate = jnp.zeros((3, 2), jnp.uint32), 0.0
 
     def of_images(*arrays: jax.Array) -> jax.Array:
-        x, attended, images, keys, *of_layers = arrays
-        return _block(x, attended, images, keys, Weights(*of_layers), rate, interpret)
+        x, sampled, images, keys, *of_layers = arrays
+        return _block(x, sampled, images, keys, Weights(*of_layers), rate, interpret)
 
     shared = (keys, *weights)
     return over_mesh(
-        of_images, x, attended, images, shared=shared, op="feed_forward", batch_axis=batch_axis, partitions=False
+        of_images, x, sampled, images, shared=shared, op="feed_forward", batch_axis=batch_axis, partitions=False
     )
 
 
@@ -113,18 +118,22 @@ def is_faster(rate: float) -> bool:
     return not rate or tpu_generation() != 4
 
 
-def weight_shapes(c: int, f: int) -> tuple[tuple[int, ...], ...]:
-    """Of `Weights`, with `c` channels and `f` hidden ones."""
-    return (c,), (c,), (c, f), (f,), (f, c), (c,), (c,), (c,)
+def weight_shapes(a: int, c: int, f: int) -> tuple[tuple[int, ...], ...]:
+    """Of `Weights`, with `a` sampled channels, `c` of the layer and `f` hidden ones."""
+    return (a, c), (c,), (c,), (c,), (c, f), (f,), (f, c), (c,), (c,), (c,)
 
 
-def _check(x, attended, weights, keys, rate):
+def _check(x, sampled, weights, keys, rate):
     if x.ndim != 3 or x.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"x must be [b, s, c] in float32 or bfloat16, got {x.shape} in {x.dtype}")
-    if attended.shape != x.shape:
-        raise ValueError(f"attended must be [b, s, c] like x: expected {x.shape}, got {attended.shape}")
-    c, f = x.shape[2], weights.kernel1.shape[-1]
-    for name, shape in zip(Weights._fields, weight_shapes(c, f), strict=True):
+    b, s, c = x.shape
+    if sampled.ndim != 3 or (sampled.shape[0], sampled.shape[2], sampled.dtype) != (b, s, x.dtype):
+        raise ValueError(
+            f"sampled must be [b, a, s] in the type of x: expected [{b}, a, {s}] in {x.dtype}, got {sampled.shape} in "
+            f"{sampled.dtype}"
+        )
+    f = weights.kernel1.shape[-1]
+    for name, shape in zip(Weights._fields, weight_shapes(sampled.shape[1], c, f), strict=True):
         if (got := getattr(weights, name).shape) != shape:
             raise ValueError(f"weights.{name} must be {shape} for x {x.shape} and {f} hidden channels, got {got}")
     if keys is not None and (keys.shape != (3, 2) or keys.dtype != jnp.uint32):
@@ -134,26 +143,26 @@ def _check(x, attended, weights, keys, rate):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _block(x, attended, images, keys, weights, rate, interpret):
-    (y,) = _call(_forward_kernel, "forward", (x, attended), images, keys, weights, rate, interpret)
+def _block(x, sampled, images, keys, weights, rate, interpret):
+    (y,) = _call(_forward_kernel, "forward", (x, sampled), images, keys, weights, rate, interpret)
     return y
 
 
-def _forward(x, attended, images, keys, weights, rate, interpret):
-    x, attended, weights = first_order("feed_forward", (x, attended, weights))
-    return _block(x, attended, images, keys, weights, rate, interpret), (x, attended, images, keys, weights)
+def _forward(x, sampled, images, keys, weights, rate, interpret):
+    x, sampled, weights = first_order("feed_forward", (x, sampled, weights))
+    return _block(x, sampled, images, keys, weights, rate, interpret), (x, sampled, images, keys, weights)
 
 
 def _backward(rate, interpret, residuals, gradient):
-    x, attended, images, keys, weights = residuals
-    x, attended, weights, gradient = first_order("feed_forward", (x, attended, weights, gradient))
-    arrays = x, attended, gradient
-    dx, dattended, norms, *linear = _call(_backward_kernel, "backward", arrays, images, keys, weights, rate, interpret)
+    x, sampled, images, keys, weights = residuals
+    x, sampled, weights, gradient = first_order("feed_forward", (x, sampled, weights, gradient))
+    arrays = x, sampled, gradient
+    dx, dsampled, norms, *linear = _call(_backward_kernel, "backward", arrays, images, keys, weights, rate, interpret)
     scale1, shift1, scale2, shift2 = norms.sum(0)
-    kernel1, bias1, kernel2, bias2 = (z.sum(0) for z in linear)
-    gradients = Weights(scale1, shift1, kernel1, bias1[0], kernel2, bias2[0], scale2, shift2)
+    kernel0, bias0, kernel1, bias1, kernel2, bias2 = (z.sum(0) for z in linear)
+    gradients = Weights(kernel0, bias0[0], scale1, shift1, kernel1, bias1[0], kernel2, bias2[0], scale2, shift2)
     gradients = jax.tree.map(lambda z, weight: z.astype(weight.dtype), gradients, weights)
-    return dx, dattended, None, None, gradients
+    return dx, dsampled, None, None, gradients
 
 
 _block.defvjp(_forward, _backward)
@@ -162,28 +171,27 @@ _block.defvjp(_forward, _backward)
 def _call(kernel, name: str, arrays, images, keys, weights: Weights, rate: float, interpret: bool):
     """Runs a kernel over (image, tile of tokens). The gradients of weights are outputs `[b, ...]`, of each image."""
     b, s, c = arrays[0].shape
-    dtype = arrays[0].dtype
-    rows = _tile_rows(s, c, weights.kernel1.shape[1], dtype.itemsize)
+    dtype, a = arrays[0].dtype, arrays[1].shape[1]
+    rows = _tile_rows(a, c, weights.kernel1.shape[1], dtype.itemsize)
     norms = jnp.stack([weights.scale1, weights.shift1, weights.scale2, weights.shift2]).astype(jnp.float32)
-    operands = (
-        norms,
-        weights.kernel1.astype(dtype),
-        weights.bias1[None].astype(jnp.float32),
-        weights.kernel2.astype(dtype),
-        weights.bias2[None].astype(jnp.float32),
-    )
+    operands = [norms]
+    for i in range(3):
+        operands.append(getattr(weights, f"kernel{i}").astype(dtype))
+        operands.append(getattr(weights, f"bias{i}")[None].astype(jnp.float32))
     tile = pl.BlockSpec((1, rows, c), lambda b, i, *_: (b, i, 0))
+    sampled = pl.BlockSpec((1, a, rows), lambda b, i, *_: (b, 0, i))
     whole = [pl.BlockSpec(z.shape, lambda b, i, *_: (0, 0)) for z in operands]
     outputs, out_specs = [jax.ShapeDtypeStruct((b, s, c), dtype)], [tile]
     if name == "backward":
-        outputs += outputs + [jax.ShapeDtypeStruct((b, *z.shape), jnp.float32) for z in operands]
-        out_specs += [tile] + [pl.BlockSpec((1, *z.shape), lambda b, i, *_: (b, 0, 0)) for z in operands]
+        outputs += [jax.ShapeDtypeStruct((b, a, s), dtype)]
+        outputs += [jax.ShapeDtypeStruct((b, *z.shape), jnp.float32) for z in operands]
+        out_specs += [sampled] + [pl.BlockSpec((1, *z.shape), lambda b, i, *_: (b, 0, 0)) for z in operands]
     return pl.pallas_call(
         functools.partial(kernel, tokens=s, rate=rate),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(b, pl.cdiv(s, rows)),
-            in_specs=[tile] * len(arrays) + whole,
+            in_specs=[tile, sampled, tile][: len(arrays)] + whole,
             out_specs=out_specs,
         ),
         out_shape=outputs,
@@ -195,12 +203,11 @@ def _call(kernel, name: str, arrays, images, keys, weights: Weights, rate: float
     )(images, keys, *arrays, *operands)
 
 
-def _tile_rows(tokens: int, c: int, f: int, itemsize: int) -> int:
+def _tile_rows(a: int, c: int, f: int, itemsize: int) -> int:
     """How many tokens a tile has."""
-    fixed = 4 * c * f * (itemsize + 4)  # both kernels and their gradients, each twice
-    per_row = f * (itemsize + 8) + 40 * c  # about what the backward kernel keeps of a token
-    fitting = [rows for rows in ROWS if fixed + rows * per_row <= 7 * vmem_bytes() // 8]
-    return min(fitting[0] if fitting else ROWS[-1], -(-tokens // 16) * 16)
+    fixed = 2 * (a + 2 * f) * c * (itemsize + 4)  # the kernels and their gradients, each twice
+    per_row = f * (itemsize + 8) + 40 * c + 12 * a  # about what the backward kernel keeps of a token
+    return next((rows for rows in ROWS if fixed + rows * per_row <= 7 * vmem_bytes() // 8), ROWS[-1])
 
 
 def _dot(x: jax.Array, y: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
@@ -213,7 +220,8 @@ def _dot(x: jax.Array, y: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.
 class _Tile(NamedTuple):
     """What the forward pass computes of a tile, in the names of the module's docstring."""
 
-    keep_attended: jax.Array | None
+    sampled: jax.Array
+    keep_a: jax.Array | None
     v_hat: jax.Array
     """`u`, normalized: before scale and shift."""
     v_factor: jax.Array
@@ -227,8 +235,9 @@ class _Tile(NamedTuple):
     w_factor: jax.Array
 
 
-def _compute(images, keys, x_ref, attended_ref, norms, kernel1, bias1, kernel2, bias2, *, tokens: int, rate: float):
+def _compute(images, keys, x_ref, sampled_ref, *operands, tokens: int, rate: float):
     """A tile, as `_Tile`; tokens beyond the last are computed as zeros."""
+    norms, kernel0, bias0, kernel1, bias1, kernel2, bias2 = operands
     rows, c = x_ref.shape[1:]
     f, dtype = kernel1.shape[1], x_ref.dtype
     first = pl.program_id(1) * rows
@@ -243,9 +252,9 @@ def _compute(images, keys, x_ref, attended_ref, norms, kernel1, bias1, kernel2, 
         place += lax.broadcasted_iota(jnp.uint32, shape, 1) + jnp.uint32(begin)
         return keep(place, (keys[number, 0], keys[number, 1]), rate)
 
-    x, attended = (_existing(z_ref, first, tokens) for z_ref in (x_ref, attended_ref))
-    keep_attended = kept(0, c, 0, c)
-    v_hat, v_factor = _normalize(x + _dropped(attended, keep_attended, rate))
+    x, sampled = _existing(x_ref, first, tokens, 0), _existing(sampled_ref, first, tokens, 1).astype(dtype)
+    a, keep_a = _dot(sampled, kernel0[...], (0, 0)) + bias0[...], kept(0, c, 0, c)
+    v_hat, v_factor = _normalize(x + _dropped(a, keep_a, rate))
     v = v_hat * norms[0:1] + norms[1:2]
     z, h = bias2[...], []
     for begin in range(0, f, CHUNK):
@@ -255,15 +264,15 @@ def _compute(images, keys, x_ref, attended_ref, norms, kernel1, bias1, kernel2, 
         z = z + _dot(h[-1], kernel2[chunk])
     keep_z = kept(2, c, 0, c)
     w_hat, w_factor = _normalize(v + _dropped(z, keep_z, rate))
-    return _Tile(keep_attended, v_hat, v_factor, v.astype(dtype), h, keep_z, w_hat, w_factor)
+    return _Tile(sampled, keep_a, v_hat, v_factor, v.astype(dtype), h, keep_z, w_hat, w_factor)
 
 
-def _existing(ref, first: jax.Array, tokens: int) -> jax.Array:
-    """A tile in float32, zero beyond the last token, where memory may hold anything."""
+def _existing(ref, first: jax.Array, tokens: int, axis: int) -> jax.Array:
+    """A tile with its tokens on an axis, in float32, zero beyond the last, where memory may hold anything."""
     x = ref[0].astype(jnp.float32)
-    if tokens % x.shape[0] == 0:
+    if tokens % x.shape[axis] == 0:
         return x
-    return jnp.where(first + lax.broadcasted_iota(jnp.int32, x.shape, 0) < tokens, x, 0)
+    return jnp.where(first + lax.broadcasted_iota(jnp.int32, x.shape, axis) < tokens, x, 0)
 
 
 def _dropped(x: jax.Array, kept: jax.Array | None, rate: float) -> jax.Array:
@@ -284,18 +293,18 @@ def _normalize_backward(gradient: jax.Array, normalized: jax.Array, factor: jax.
     return factor * (gradient - mean - normalized * (gradient * normalized).mean(-1, keepdims=True))
 
 
-def _forward_kernel(images, keys, x_ref, attended_ref, *refs, tokens: int, rate: float):
+def _forward_kernel(images, keys, x_ref, sampled_ref, *refs, tokens: int, rate: float):
     *operands, y_ref = refs
-    tile = _compute(images, keys, x_ref, attended_ref, *operands, tokens=tokens, rate=rate)
+    tile = _compute(images, keys, x_ref, sampled_ref, *operands, tokens=tokens, rate=rate)
     norms = operands[0]
     y_ref[0] = (tile.w_hat * norms[2:3] + norms[3:4]).astype(y_ref.dtype)
 
 
-def _backward_kernel(images, keys, x_ref, attended_ref, gradient_ref, *refs, tokens: int, rate: float):
-    operands, (dx_ref, dattended_ref, *grads) = refs[:5], refs[5:]
-    norms, kernel1, _, kernel2, _ = operands
-    dnorms, dkernel1, dbias1, dkernel2, dbias2 = grads
-    tile = _compute(images, keys, x_ref, attended_ref, *operands, tokens=tokens, rate=rate)
+def _backward_kernel(images, keys, x_ref, sampled_ref, gradient_ref, *refs, tokens: int, rate: float):
+    operands, (dx_ref, dsampled_ref, *grads) = refs[:7], refs[7:]
+    norms, kernel0, _, kernel1, _, kernel2, _ = operands
+    dnorms, dkernel0, dbias0, dkernel1, dbias1, dkernel2, dbias2 = grads
+    tile = _compute(images, keys, x_ref, sampled_ref, *operands, tokens=tokens, rate=rate)
 
     @pl.when(pl.program_id(1) == 0)
     def _():
@@ -306,7 +315,7 @@ def _backward_kernel(images, keys, x_ref, attended_ref, gradient_ref, *refs, tok
         """The sum over the tile's tokens to a row of gradients."""
         grad[0, rows] += value.sum(0, keepdims=True)
 
-    dy = _existing(gradient_ref, pl.program_id(1) * x_ref.shape[1], tokens)
+    dy = _existing(gradient_ref, pl.program_id(1) * x_ref.shape[1], tokens, 0)
     dw = _normalize_backward(dy * norms[2:3], tile.w_hat, tile.w_factor)
     dz = _dropped(dw, tile.keep_z, rate)
     dv, dz_low = dw, dz.astype(x_ref.dtype)
@@ -326,4 +335,8 @@ def _backward_kernel(images, keys, x_ref, attended_ref, gradient_ref, *refs, tok
     add(dbias2, slice(0, 1), dz)
     du = _normalize_backward(dv * norms[0:1], tile.v_hat, tile.v_factor)
     dx_ref[0] = du.astype(dx_ref.dtype)
-    dattended_ref[0] = _dropped(du, tile.keep_attended, rate).astype(dattended_ref.dtype)
+    da = _dropped(du, tile.keep_a, rate)
+    add(dbias0, slice(0, 1), da)
+    da_low = da.astype(x_ref.dtype)
+    dkernel0[0] += _dot(tile.sampled, da_low)
+    dsampled_ref[0] = _dot(kernel0[...], da_low, (1, 1)).astype(dsampled_ref.dtype)

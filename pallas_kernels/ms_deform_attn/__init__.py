@@ -2,5 +2,14 @@
 
 from pallas_kernels.ms_deform_attn.api import IMPLEMENTATIONS, best_implementation, ms_deform_attn
 from pallas_kernels.ms_deform_attn.order import BlockOrder, block_order
+from pallas_kernels.ms_deform_attn.self_attention import Projections, ms_deform_self_attn
 
-__all__ = ["IMPLEMENTATIONS", "BlockOrder", "best_implementation", "block_order", "ms_deform_attn"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "BlockOrder",
+    "Projections",
+    "best_implementation",
+    "block_order",
+    "ms_deform_attn",
+    "ms_deform_self_attn",
+]

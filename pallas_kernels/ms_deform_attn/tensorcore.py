@@ -191,7 +191,7 @@ def _attend_backward(order, interpret, residuals, gradient):
     d, dtype = value.shape[2], value.dtype
     rows = samples[0].shape[2]
     # Besides the values and their gradient, each twice, a transposed copy and the gradient in both halves of the lanes.
-    unit_bytes = 2 * PIXELS * d * (dtype.itemsize + 4) + PIXELS * TILE * dtype.itemsize + TILE * d * 4
+    unit_bytes = 4 * PIXELS * d * dtype.itemsize + PIXELS * TILE * dtype.itemsize + TILE * d * 4
     grad_values, grad_samples = [], []
     for part in parts(order, _units(unit_bytes)):
         values = value[..., part.tokens]
@@ -202,12 +202,13 @@ def _attend_backward(order, interpret, residuals, gradient):
             pltpu.VMEM((values.shape[3], d), dtype),
             pltpu.VMEM((part.units, d, TILE), jnp.float32),
         ]
-        outputs = [jax.ShapeDtypeStruct(z.shape, jnp.float32) for z in (values, *samples)]
+        outputs = [jax.ShapeDtypeStruct(values.shape, dtype)]
+        outputs += [jax.ShapeDtypeStruct(z.shape, jnp.float32) for z in samples]
         arrays = (values, *samples, gradient)
         grad_value, *grads = _call(
             backward_kernel, "backward", arrays, extents, order, part, outputs, scratch, interpret
         )
-        grad_values.append(grad_value.astype(dtype))
+        grad_values.append(grad_value)
         grad_samples.append(grads)
     return jnp.concatenate(grad_values, 3), *(sum(z[1:], z[0]) for z in zip(*grad_samples, strict=True))
 

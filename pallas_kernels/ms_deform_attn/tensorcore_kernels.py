@@ -283,7 +283,7 @@ def backward_kernel(
         def finish(pair, _):
             left, right = unit_ref[2 * pair], unit_ref[2 * pair + 1]
             left, right = left + _swapped(left), right + _swapped(right)
-            grad_value_ref[0, 0, :, _lanes(pair)] = _half(left, right)
+            grad_value_ref[0, 0, :, _lanes(pair)] = _half(left, right).astype(grad_value_ref.dtype)
             return 0
 
         lax.fori_loop(0, grad_value_ref.shape[3] // TILE, finish, 0)

@@ -107,14 +107,21 @@ def test_attention_layers_of_published_models():
     assert encoder.spatial_shapes == ((200, 334), *COCO_WIDE) and decoder.queries == 900 + 200
 
 
-def test_feed_forward_kernels_count_where_the_program_has_them(monkeypatch):
+def test_kernels_count_where_the_program_has_them(monkeypatch):
     config = dataclasses.replace(tiny.config(), model=DeformableDETRConfig.r50_two_stage())
     monkeypatch.setattr(plan, "_layer_bundles", lambda *_: (1.0, 10.0))
     monkeypatch.setattr(plan, "_feed_forward_bundles", lambda tokens, *_: tokens[0] * 100)
-    for text, bundles in (("", 2 * 12 * 10), ("%jvp_feed_forward_forward_.1 = f32[] custom-call(%x)", 1440)):
-        compiled = SimpleNamespace(as_text=lambda text=text: text)
+    monkeypatch.setattr(plan, "_projection_cycles", lambda shape, images, *_: images * 1000)
+    for name, bundles, products in (
+        ("ms_deform_attn_project_forward", 12000, 256 + 384),
+        ("feed_forward_forward", 1200, 256 + 2 * 1024),
+    ):
+        compiled = SimpleNamespace(as_text=lambda name=name: f"%jvp_{name}_.1 = f32[] custom-call(%x)")
         kernels = plan.count_kernels(compiled, config, 93, (800, 1333), "v5e", 2)
-        assert (kernels.gathers, kernels.bundles) == (24, bundles) and bool(kernels.flops) == bool(text)
+        assert (kernels.gathers, kernels.bundles) == (24, 240 + bundles)
+        assert kernels.flops == 6 * 3 * 2 * 2 * 25728 * 256 * products
+    kernels = plan.count_kernels(SimpleNamespace(as_text=lambda: ""), config, 93, (800, 1333), "v5e", 2)
+    assert kernels == (24, 240, 0)
 
 
 def test_hours_and_largest_batch():

@@ -13,12 +13,11 @@ from flax import nnx
 from small_models import noise_maps
 from transformers_weights import load, random_weights
 
-from detr_jax.models import ResNet, attention, deformable_detr
-from detr_jax.models import feed_forward as ours
+from detr_jax.models import ResNet, attention, encoder_layer
 from detr_jax.models.lora import LoRALinear
 from pallas_kernels import ms_deform_attn
 from pallas_kernels.feed_forward import feed_forward
-from pallas_kernels.ms_deform_attn import IMPLEMENTATIONS
+from pallas_kernels.ms_deform_attn import IMPLEMENTATIONS, ms_deform_self_attn
 
 
 @functools.cache
@@ -41,7 +40,8 @@ def outputs_and_gradients(implementation):
     with (
         mock.patch.object(ResNet, "__call__", noise_maps),
         mock.patch.object(attention, "ms_deform_attn", functools.partial(ms_deform_attn, interpret=True)),
-        mock.patch.object(ours, "feed_forward", functools.partial(feed_forward, interpret=True)),
+        mock.patch.object(encoder_layer, "ms_deform_self_attn", functools.partial(ms_deform_self_attn, interpret=True)),
+        mock.patch.object(encoder_layer, "feed_forward", functools.partial(feed_forward, interpret=True)),
     ):
         (_, outputs), gradients = run(state)
     return outputs, gradients
@@ -62,31 +62,40 @@ def test_model_is_the_same(implementation):
         np.testing.assert_allclose(x, y, rtol=0, atol=max(1e-4 * float(np.abs(y).max(initial=0)), 4e-5))
 
 
-@pytest.mark.parametrize("adapters", [False, True])
-def test_second_half_of_an_encoder_layer_in_one_kernel(adapters):
-    """With dropout: the kernel drops what the modules drop. Adapters on linear layers keep the modules."""
+ADAPTED = ("self_attn.sampling_offsets", "self_attn.output_proj", "ffn.linear1")
+
+
+@pytest.mark.parametrize("case", ["kernels", "no feed-forward kernel", *ADAPTED])
+def test_an_encoder_layer_by_kernels(case):
+    """With dropout: the kernels drop what the modules drop. Adapters on linear layers keep the modules."""
     config = dataclasses.replace(tiny.config().model, dropout=0.3, ffn_dim=48)
-    layer = deformable_detr.EncoderLayer(config, rngs=nnx.Rngs(0))
+    layer = encoder_layer.EncoderLayer(config, rngs=nnx.Rngs(0))
     layer.norm1.bias[...] += 0.5
     layer.norm2.scale[...] *= jnp.arange(config.hidden_dim)
-    if adapters:
-        layer.ffn.linear1 = LoRALinear(layer.ffn.linear1, 2, rngs=nnx.Rngs(1))
-        layer.ffn.linear1.lora.lora_b[...] += 1
-    shapes = ((5, 6), (3, 3), (2, 2))[: config.num_levels]
+    layer.self_attn.sampling_offsets.kernel[...] += jax.random.normal(jax.random.key(0), (32, 32))
+    if case in ADAPTED:
+        part, name = case.split(".")
+        adapted = LoRALinear(getattr(getattr(layer, part), name), 2, rngs=nnx.Rngs(1))
+        adapted.lora.lora_b[...] += 1
+        setattr(getattr(layer, part), name, adapted)
+    shapes = ((5, 6), (3, 3))
     order = attention.token_order("tensorcore", shapes, config.encoder_points)
     random = np.random.default_rng(0)
     x, position = (jnp.asarray(random.standard_normal((2, order.length, config.hidden_dim)), jnp.float32) for _ in "ab")
-    tokens = attention.Tokens(x, jnp.ones(x.shape[:2], bool), shapes, order)
-    reference = jnp.full((*x.shape[:2], len(shapes), 2), 0.4)
+    valid = jnp.asarray(random.uniform(size=x.shape[:2]) < 0.8) & order.is_token
+    tokens = attention.Tokens(x, valid, shapes, order)
+    reference = jnp.asarray(random.uniform(size=(*x.shape[:2], len(shapes), 2)), jnp.float32)
 
     def run(layer):
-        return layer(tokens, position, reference, nnx.Rngs(dropout=3)).features
+        return layer(tokens, position, reference, nnx.Rngs(dropout=3)).features[:, order.is_token]
 
-    with mock.patch.object(ours, "other_axes", lambda axes: ["another"]):
+    with mock.patch.object(encoder_layer, "other_axes", lambda axes: ["another"]):
         expected = run(layer)
-    with mock.patch.object(
-        ours, "feed_forward", mock.Mock(side_effect=functools.partial(feed_forward, interpret=True))
-    ) as kernel:
+    kernels = [mock.Mock(side_effect=functools.partial(f, interpret=True)) for f in (ms_deform_self_attn, feed_forward)]
+    with (
+        mock.patch.multiple(encoder_layer, ms_deform_self_attn=kernels[0], feed_forward=kernels[1]),
+        mock.patch.object(encoder_layer, "is_faster", lambda rate: case == "kernels" and rate == 0.3),
+    ):
         got = run(layer)
-    assert kernel.call_count == (not adapters)
+    assert [kernel.call_count for kernel in kernels] == [case not in ADAPTED, case == "kernels"]
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * float(jnp.abs(expected).max()))

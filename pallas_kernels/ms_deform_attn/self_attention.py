@@ -1,0 +1,344 @@
+"""Multi-scale deformable self-attention of tokens in block order, on the TensorCore of a TPU.
+
+The paper's module (Deformable DETR, section 4.1) up to its output projection: the projections of the tokens to values,
+sampling offsets and attention weights, the softmax, and the locations are one kernel, `project`, which writes them as
+the kernel of `tensorcore.py` reads them, features on sublanes and tokens on lanes. By XLA each is a pass over the
+tokens in main memory. Backward, `project` is computed again from the tokens, so that nothing else is kept, and the
+gradients of the weights are added up over the tiles of an image, in float32.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.by_platform import vmem_bytes
+from pallas_kernels.derivatives import first_order
+from pallas_kernels.ms_deform_attn.order import TILE, UNIT, BlockOrder, block_order
+from pallas_kernels.ms_deform_attn.tensorcore import attend_tiles, drop_outside
+from pallas_kernels.ms_deform_attn.tensorcore_walk import too_large
+from pallas_kernels.over_mesh import Axes, over_mesh
+
+TILES = 4
+"""At most so many tiles of 128 tokens in a step."""
+
+
+class Projections(NamedTuple):
+    """Kernel `[c, n]` and bias `[n]` of each linear layer; rows of samples are ordered by head, level and point."""
+
+    value: tuple[jax.Array, jax.Array]
+    """`n = h * d`."""
+    x: tuple[jax.Array, jax.Array]
+    """Of the sampling offsets in pixels, `n = h * l * p`."""
+    y: tuple[jax.Array, jax.Array]
+    logits: tuple[jax.Array, jax.Array]
+    """Of the attention weights before their softmax."""
+
+
+def ms_deform_self_attn(
+    features: jax.Array,
+    position: jax.Array,
+    reference_points: jax.Array,
+    valid: jax.Array,
+    spatial_shapes: Sequence[tuple[int, int]],
+    projections: Projections,
+    *,
+    num_heads: int,
+    batch_axis: Axes = "data",
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """What each head of each token samples from all of them: `ms_deform_attn` and the projections before it.
+
+    Differentiable once, in reverse, in `features`, `position` and the projections. The products are of `features`'
+    type, float32 in six bfloat16 passes; their results, softmax and locations are float32. Under a mesh
+    (`jax.set_mesh`), images are split over `batch_axis`.
+
+    Args:
+        features: `[b, s, c]` in `block_order(spatial_shapes)`, float32 or bfloat16: what values are projected from.
+        position: `[b, s, c]` in the same type, which is added for offsets and weights.
+        reference_points: `[b, s, l, 2]`, (x, y) in 0-1 of each level's map; constants.
+        valid: bool `[b, s]`; other tokens, and the padding of the order, have the value zero.
+        spatial_shapes: (height, width) of each of the `l` levels; static.
+        projections: weights in float32; they are rounded to `features`' type.
+        num_heads: `h`.
+        batch_axis: mesh axis, or several, over which the batch is split.
+        interpret: run on the CPU, slowly: for tests.
+
+    Returns:
+        What is sampled, `[b, h * d, s]` in `features`' type: tokens last. And `features` themselves, for the residual
+        connection around the attention: gradients of these are added in the kernel, not by a pass over the tokens.
+
+    Raises:
+        ValueError: shapes that do not fit together or are not supported, or a mesh with other axes
+            (`pallas_kernels.over_mesh`).
+    """
+    order = block_order(spatial_shapes)
+    points = _check(features, position, reference_points, valid, order, projections, num_heads)
+    if len(features) == 0:
+        return jnp.zeros((0, projections.value[1].size, order.length), features.dtype), features
+    d = projections.value[1].size // num_heads
+
+    def of_images(features, position, places, valid, *weights):
+        arrays = features, position, places, valid
+        projected: Any = project(*arrays, Weights(*weights), order, points, interpret)
+        value, x, y, weight, features = projected
+        output = jnp.asarray(attend_tiles(value, x, y, weight, order, interpret))[:, :, :d]
+        return output.reshape(len(output), -1, order.length), features
+
+    return over_mesh(
+        of_images,
+        features,
+        position,
+        places(reference_points, order),
+        (valid & order.is_token).astype(jnp.float32)[:, None],
+        shared=in_rows(projections, num_heads),
+        op="ms_deform_self_attn",
+        batch_axis=batch_axis,
+        partitions=False,
+    )
+
+
+def _check(features, position, reference_points, valid, order: BlockOrder, projections: Projections, heads) -> int:
+    """The points of a level."""
+    if features.ndim != 3 or features.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"features must be [b, s, c] in float32 or bfloat16, got {features.shape} in {features.dtype}")
+    b, s, c = features.shape
+    levels = len(order.spatial_shapes)
+    if s != order.length:
+        raise ValueError(
+            f"features have {s} tokens, but spatial_shapes {order.spatial_shapes} in block order make {order.length}"
+        )
+    (_, value_bias), *samples = projections
+    count = samples[0][1].size
+    if value_bias.size % heads or count % (heads * levels):
+        raise ValueError(
+            f"{value_bias.size} values and {count} samples do not divide over {heads} heads and {levels} levels"
+        )
+    points = count // (heads * levels)
+    expected = {
+        "position": (position, features.shape),
+        "reference_points": (reference_points, (b, s, levels, 2)),
+        "valid": (valid, (b, s)),
+    }
+    for name, (kernel, bias), n in zip(Projections._fields, projections, (value_bias.size, *[count] * 3), strict=True):
+        expected |= {f"the kernel of {name}": (kernel, (c, n)), f"the bias of {name}": (bias, (n,))}
+    for name, (array, shape) in expected.items():
+        if array.shape != shape:
+            raise ValueError(f"{name} must be {shape} for features {features.shape}, got {array.shape}")
+    if position.dtype != features.dtype:
+        raise ValueError(f"position must be {features.dtype} like features, got {position.dtype}")
+    if reason := too_large(order, points):
+        raise ValueError(reason)
+    return points
+
+
+def places(reference_points: jax.Array, order: BlockOrder) -> jax.Array:
+    """Reference points `[b, s, l, 2]` in pixels, as `project` reads them: `[b, 2 * l, s]`, columns first."""
+    sizes = np.array([(width, height) for height, width in order.spatial_shapes], np.float32)
+    points = lax.stop_gradient(reference_points).astype(jnp.float32) * sizes - 0.5
+    # What is no token but padding samples nothing: its points are outside of every map.
+    points = jnp.where(order.is_token[:, None, None], points, -jnp.inf)
+    return points.transpose(0, 3, 2, 1).reshape(len(points), -1, order.length)
+
+
+class Weights(NamedTuple):
+    """`Projections` as `project` reads them: features down. A head's rows are filled up to whole registers."""
+
+    value: jax.Array
+    """`[h * d, c]`; `d` is a multiple of 16."""
+    value_bias: jax.Array
+    """`[h * d, 1]`."""
+    sample: jax.Array
+    """`[3 * h * r, c]`: x of all heads, y, logits; `r`, at least `l * p`, is a multiple of 8."""
+    sample_bias: jax.Array
+    """`[3 * h * r, 1]`."""
+
+
+def in_rows(projections: Projections, heads: int) -> Weights:
+    """`Weights` of `Projections`."""
+
+    def rows(layer, multiple: int) -> list[jax.Array]:
+        """Kernel and bias of a layer, `[c, h * n]` and `[h * n]` -> `[h * r, c]` and `[h * r, 1]`."""
+        kernel, bias = (z.T.reshape(heads, -1, *z.shape[:-1]) for z in layer)
+        padding = (0, 0), (0, -bias.shape[1] % multiple)
+        kernel, bias = jnp.pad(kernel, (*padding, (0, 0))), jnp.pad(bias, padding)
+        return [kernel.reshape(bias.size, -1), bias.reshape(-1, 1)]
+
+    value, *samples = projections
+    samples = zip(*[rows(layer, UNIT) for layer in samples], strict=True)
+    return Weights(*rows(value, 16), *map(jnp.concatenate, samples))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def project(features, position, places, valid, weights: Weights, order: BlockOrder, points: int, interpret):
+    """Values `[b, h, d, s]`; columns, rows and weights of samples, float32 `[b, h, l * p, s]`; and `features` again.
+
+    The gradients of points that are `OUTSIDE` must be zero, as those of `attend_tiles` are.
+
+    Args:
+        features: `[b, s, c]`.
+        position: `[b, s, c]`.
+        places: reference points in pixels, `[b, 2 * l, s]`: columns, then rows.
+        valid: 1 or, where values are zero, 0: `[b, 1, s]`.
+        weights: in rows.
+        order: of the tokens.
+        points: `p`.
+        interpret: run on the CPU.
+    """
+    b, s, _ = features.shape
+    samples = points * len(order.spatial_shapes)
+    heads = weights.sample.shape[0] // (3 * -(-samples // UNIT) * UNIT)
+    value = jax.ShapeDtypeStruct((b, heads, weights.value.shape[0] // heads, s), features.dtype)
+    sample = jax.ShapeDtypeStruct((b, heads, samples, s), jnp.float32)
+    arrays = features, position, places, valid
+    kernel = functools.partial(_forward_kernel, shapes=order.spatial_shapes, points=points)
+    return *_call(kernel, "forward", arrays, weights, [value, sample, sample, sample], [], interpret), features
+
+
+def _forward(features, position, places, valid, weights, order, points, interpret):
+    features, position, weights = first_order("ms_deform_self_attn", (features, position, weights))
+    outputs = project(features, position, places, valid, weights, order, points, interpret)
+    return outputs, (features, position, valid, weights)
+
+
+def _backward(order, points, interpret, residuals, gradients):
+    features, position, valid, weights = residuals
+    features, position, weights, gradients = first_order(
+        "ms_deform_self_attn", (features, position, weights, gradients)
+    )
+    sums = [jax.ShapeDtypeStruct((len(features), *z.shape), jnp.float32) for z in weights]
+    outputs = [jax.ShapeDtypeStruct(features.shape, features.dtype)] * 2
+    arrays = features, position, valid, *gradients
+    dfeatures, dposition, *sums = _call(_backward_kernel, "backward", arrays, weights, outputs, sums, interpret)
+    dweights = Weights(*(z.sum(0).astype(weight.dtype) for z, weight in zip(sums, weights, strict=True)))
+    return dfeatures, dposition, None, None, dweights
+
+
+project.defvjp(_forward, _backward)
+
+
+def _call(kernel, name: str, arrays, weights: Weights, outputs, sums, interpret):
+    """Runs a kernel over (image, some tiles of tokens). `sums` are outputs `[b, ...]` of an image's tiles together."""
+    b, s, _ = arrays[0].shape
+    dtype = arrays[0].dtype
+    tiles = next(count for count in range(TILES, 0, -1) if s // TILE % count == 0)
+    operands = (
+        weights.value.astype(dtype),
+        weights.value_bias.astype(jnp.float32),
+        weights.sample.astype(dtype),
+        weights.sample_bias.astype(jnp.float32),
+    )
+
+    def tiled(z):
+        tokens_last = z.ndim == 4 or z.shape[1] != s
+        shape = (1, *z.shape[1:-1], tiles * TILE) if tokens_last else (1, tiles * TILE, z.shape[2])
+        zeros = (0,) * (z.ndim - 2)
+        return pl.BlockSpec(shape, lambda b, i: (b, *zeros, i) if tokens_last else (b, i, 0))
+
+    whole = [pl.BlockSpec(z.shape, lambda b, i: (0, 0)) for z in operands]
+    return pl.pallas_call(
+        kernel,
+        grid=(b, s // (tiles * TILE)),
+        in_specs=[*map(tiled, arrays), *whole],
+        out_specs=[*map(tiled, outputs), *(pl.BlockSpec((1, *z.shape[1:]), lambda b, i: (b, 0, 0)) for z in sums)],
+        out_shape=[*outputs, *sums],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_bytes()
+        ),
+        interpret=interpret,
+        name=f"ms_deform_attn_project_{name}",
+    )(*arrays, *operands)
+
+
+def _dot(a, b, contract: tuple[int, int]):
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _softmax(logits):
+    """Over the samples of a head, which are rows."""
+    exponentials = jnp.exp(logits - logits.max(0, keepdims=True))
+    return exponentials / exponentials.sum(0, keepdims=True)
+
+
+def _heads(rows, kind: int, heads: int, samples: int):
+    """Rows of a kind (0: x, 1: y, 2: logits), for each head."""
+    step = rows.shape[0] // (3 * heads)
+    return [rows[(kind * heads + head) * step :][:samples] for head in range(heads)]
+
+
+def _forward_kernel(
+    features_ref, position_ref, place_ref, valid_ref, value_w, value_b, sample_w, sample_b,
+    value_ref, x_ref, y_ref, weight_ref, *, shapes, points,
+):  # fmt: skip
+    features = features_ref[0]
+    value = _dot(value_w[...], features, (1, 1)) + value_b[...]
+    value_ref[0] = jnp.where(valid_ref[0] > 0, value, 0).astype(value_ref.dtype).reshape(value_ref.shape[1:])
+    rows = _dot(sample_w[...], features + position_ref[0], (1, 1)) + sample_b[...]
+    _, heads, samples, tokens = x_ref.shape
+    level = lax.div(lax.broadcasted_iota(jnp.int32, (samples, tokens), 0), points)
+
+    def of_levels(values):
+        """Each level's value in its rows."""
+        return functools.reduce(
+            lambda rest, i: jnp.where(level == i, values[i], rest), range(1, len(shapes)), values[0]
+        )
+
+    count = len(shapes)
+    columns, lines = (
+        of_levels([place_ref[0, axis * count + i : axis * count + i + 1, :] for i in range(count)]) for axis in range(2)
+    )
+    width, height = (of_levels([jnp.float32(shape[axis]) for shape in shapes]) for axis in (1, 0))
+    groups = (_heads(rows, kind, heads, samples) for kind in range(3))
+    for head, (x, y, logits) in enumerate(zip(*groups, strict=True)):
+        found = drop_outside(columns + x, lines + y, _softmax(logits), True, width, height)
+        for ref, z in zip((x_ref, y_ref, weight_ref), found, strict=True):
+            ref[0, head] = z
+
+
+def _backward_kernel(
+    features_ref, position_ref, valid_ref, dvalue_ref, dx_ref, dy_ref, dweight_ref, dresidual_ref,
+    value_w, _, sample_w, sample_b, dfeatures_ref, dposition_ref, *sum_refs,
+):  # fmt: skip
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        for ref in sum_refs:
+            ref[...] = jnp.zeros(ref.shape, ref.dtype)
+
+    features, dtype = features_ref[0], features_ref.dtype
+    query = features + position_ref[0]
+    _, heads, samples, tokens = dx_ref.shape
+    step = sample_w.shape[0] // (3 * heads)
+    first = 2 * heads * step  # row of logits
+    logits = _dot(sample_w[first:], query, (1, 1)) + sample_b[first:]
+    fill = [jnp.zeros((step - samples, tokens), jnp.float32)] if step > samples else []
+    drows = []
+    for ref in (dx_ref, dy_ref):
+        for head in range(heads):
+            drows += [ref[0, head], *fill]
+    for head in range(heads):
+        weight, dweight = _softmax(logits[head * step :][:samples]), dweight_ref[0, head]
+        drows += [weight * (dweight - (weight * dweight).sum(0, keepdims=True)), *fill]
+    drows = jnp.concatenate(drows, 0)
+    dvalue = dvalue_ref[0].reshape(-1, tokens).astype(jnp.float32)
+    dvalue = jnp.where(valid_ref[0] > 0, dvalue, 0)
+    drows_low, dvalue_low = drows.astype(dtype), dvalue.astype(dtype)
+    dquery = _dot(drows_low, sample_w[...], (0, 0))
+    dfeatures = _dot(dvalue_low, value_w[...], (0, 0)) + dquery + dresidual_ref[0].astype(jnp.float32)
+    dfeatures_ref[0] = dfeatures.astype(dtype)
+    dposition_ref[0] = dquery.astype(dtype)
+    sums = (
+        _dot(dvalue_low, features, (1, 0)),
+        dvalue.sum(1, keepdims=True),
+        _dot(drows_low, query, (1, 0)),
+        drows.sum(1, keepdims=True),
+    )
+    for ref, z in zip(sum_refs, sums, strict=True):
+        ref[0] += z
