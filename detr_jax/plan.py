@@ -36,7 +36,7 @@ from detr_jax.training import abstract_batch
 from pallas_kernels import ahead_of_time
 from pallas_kernels.compiled_program import Program
 from pallas_kernels.feed_forward import bench as feed_forward
-from pallas_kernels.ms_deform_attn import self_attention_bench
+from pallas_kernels.ms_deform_attn import projections_bench
 from pallas_kernels.ms_deform_attn.bench import layer_bundles
 from pallas_kernels.ms_deform_attn.order import block_order
 from pallas_kernels.ms_deform_attn.shapes import Shape
@@ -272,40 +272,41 @@ class Kernels(NamedTuple):
     bundles: float = 0.0
     """Of Pallas kernels, but for those of deformable convolutions."""
     flops: int = 0
-    """Of the encoder's kernels but for the sampling's; what they compute again in the backward pass is not in it."""
+    """Of all kernels but the sampling's; what they compute again in the backward pass is not in it."""
 
 
 def count_kernels(
     compiled: jax.stages.Compiled, config: Config, max_boxes: int, bucket: Bucket, generation: str, images: int
 ) -> Kernels:
     """For so many images on a device, in bfloat16; layers are compiled once more for that, each for itself."""
-    gathers = bundles = flops = 0
-    implementation = getattr(config.model, "implementation", None) or "tensorcore"
-    layers = attention_layers(config, max_boxes, bucket)
+    model = config.model
+    if not isinstance(model, DeformableDETRConfig):
+        return Kernels()
+    gathers = bundles = products = 0
+    (encoder, _), (_, decoder_layers) = layers = attention_layers(config, max_boxes, bucket)
     for shape, count in layers:
-        per_layer = _layer_bundles(shape, generation, implementation)
+        per_layer = _layer_bundles(shape, generation, model.implementation or "tensorcore")
         gathers, bundles = gathers + images * count * per_layer[0], bundles + images * count * per_layer[1]
-    if not layers or not isinstance(config.model, DeformableDETRConfig):
-        return Kernels(gathers, bundles)
-    # The other kernels of an encoder layer, where the program has them: see `EncoderLayer.by_kernels`. Their products
-    # are twice as many backward, of two operations each.
-    (encoder, count), model = layers[0], config.model
-    tokens = images, block_order(encoder.spatial_shapes).length, model.hidden_dim
-    product = count * 3 * 2 * math.prod(tokens)
+    # The other kernels, where the program has them: see `EncoderLayer.by_kernels` and `MSDeformAttn`.
+    c, samples = model.hidden_dim, encoder.heads * len(encoder.spatial_shapes) * encoder.points
+    tokens = images, block_order(encoder.spatial_shapes).length, c
     if ahead_of_time.kernels(compiled, "ms_deform_attn_project_forward"):
-        samples = encoder.heads * len(encoder.spatial_shapes) * encoder.points
-        bundles += count * _projection_cycles(encoder, images, model.hidden_dim, generation)
-        flops += product * (model.hidden_dim + 3 * samples)
+        bundles += model.encoder_layers * _projection_cycles(encoder, images, c, generation).self_attention
+        products += model.encoder_layers * (c + 3 * samples)
+    if ahead_of_time.kernels(compiled, "ms_deform_attn_project_values_forward"):
+        bundles += decoder_layers * _projection_cycles(encoder, images, c, generation).cross_attention
+        products += decoder_layers * c
     if ahead_of_time.kernels(compiled, "feed_forward_forward"):
-        bundles += count * _feed_forward_bundles(tokens, model.ffn_dim, generation, model.dropout)
-        flops += product * (model.hidden_dim + 2 * model.ffn_dim)
-    return Kernels(gathers, bundles, flops)
+        bundles += model.encoder_layers * _feed_forward_bundles(tokens, model.ffn_dim, generation, model.dropout)
+        products += model.encoder_layers * (c + 2 * model.ffn_dim)
+    # Two operations each, and twice as many backward.
+    return Kernels(gathers, bundles, 3 * 2 * math.prod(tokens) * products)
 
 
 @functools.cache
-def _projection_cycles(shape: Shape, images: int, channels: int, generation: str) -> float:
+def _projection_cycles(shape: Shape, images: int, channels: int, generation: str) -> projections_bench.Cycles:
     sizes = shape.spatial_shapes, images, shape.heads, shape.points, channels
-    return sum(ahead_of_time.apart(self_attention_bench.kernel_cycles, *sizes, generation).values())
+    return ahead_of_time.apart(projections_bench.kernel_cycles, *sizes, generation)
 
 
 @functools.cache

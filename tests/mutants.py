@@ -41,8 +41,8 @@ ONE_HUNDRED = "tests/detr_jax/test_published.py::test_a_hundred_detections_per_i
 DETACHED = "tests/detr_jax/models/test_detached.py"
 ENCODER_LAYER = "detr_jax/models/encoder_layer.py"
 IMPLEMENTATIONS = "tests/detr_jax/models/test_implementations.py"
-SELF_ATTENTION = "pallas_kernels/ms_deform_attn/self_attention.py"
-SELF_ATTENTION_TESTS = "tests/pallas_kernels/ms_deform_attn/test_self_attention.py"
+PROJECTIONS = "pallas_kernels/ms_deform_attn/projections.py"
+PROJECTIONS_TESTS = "tests/pallas_kernels/ms_deform_attn/test_projections.py"
 
 MUTANTS = [
     Mutant(
@@ -112,38 +112,38 @@ MUTANTS = [
     ),
     Mutant(
         "projections' kernel: gradients of one step only",
-        SELF_ATTENTION,
+        PROJECTIONS,
         "@pl.when(pl.program_id(1) == 0)",
         "@pl.when(pl.program_id(1) >= 0)",
-        f"{SELF_ATTENTION_TESTS} -k projections",
+        f"{PROJECTIONS_TESTS} -k projections",
     ),
     Mutant(
         "projections' kernel: the residual's gradient is left out",
-        SELF_ATTENTION,
+        PROJECTIONS,
         " + dresidual_ref[0].astype(jnp.float32)",
         "",
-        f"{SELF_ATTENTION_TESTS} -k projections",
+        f"{PROJECTIONS_TESTS} -k projections",
     ),
     Mutant(
         "projections' kernel: the padding of the order samples",
-        SELF_ATTENTION,
+        PROJECTIONS,
         "    points = jnp.where(order.is_token[:, None, None], points, -jnp.inf)\n",
         "",
-        f"{SELF_ATTENTION_TESTS} -k projections",
+        f"{PROJECTIONS_TESTS} -k projections",
     ),
     Mutant(
         "projections' kernel: values of padding have gradients",
-        SELF_ATTENTION,
+        PROJECTIONS,
         "    dvalue = jnp.where(valid_ref[0] > 0, dvalue, 0)\n",
         "",
-        f"{SELF_ATTENTION_TESTS} -k projections",
+        f"{PROJECTIONS_TESTS} -k projections",
     ),
     Mutant(
         "projections' kernel: softmax without its mean gradient",
-        SELF_ATTENTION,
+        PROJECTIONS,
         "weight * (dweight - (weight * dweight).sum(0, keepdims=True))",
         "weight * dweight",
-        f"{SELF_ATTENTION_TESTS} -k projections",
+        f"{PROJECTIONS_TESTS} -k projections",
     ),
     Mutant(
         "relu without dropout is scaled as with it",

@@ -13,7 +13,8 @@ from detr_jax.config import DeformableDETRConfig
 from detr_jax.models.layers import Dropout, Linear, capture, linear
 from detr_jax.sharding import BATCH_AXES
 from pallas_kernels import BlockOrder, block_order, ms_deform_attn
-from pallas_kernels.ms_deform_attn import Projections, best_implementation
+from pallas_kernels.ms_deform_attn import Projections, best_implementation, ms_deform_cross_attn
+from pallas_kernels.over_mesh import other_axes
 
 
 class MultiHeadAttention(nnx.Module):
@@ -123,8 +124,6 @@ class MSDeformAttn(nnx.Module):
             """In block order, without merging images and tokens: around the TPU's kernel they would be copied."""
             return layer.interleaved(x, 1)[0] if tokens.order else layer(x)
 
-        value = jnp.where(tokens.valid[..., None], project(self.value_proj, tokens.features), 0)
-        value = value.reshape(*value.shape[:2], self.num_heads, -1)
         weights = project(self.attention_weights, query).reshape(*grid[:3], -1).astype(jnp.float32)
         weights = jax.nn.softmax(weights).reshape(grid)
         x, y = (z.reshape(grid).astype(jnp.float32) for z in self.sampling_offsets.interleaved(query, 2))
@@ -140,15 +139,28 @@ class MSDeformAttn(nnx.Module):
         capture(self, "reference_points", rows(reference_points))
         capture(self, "sampling_locations", rows(locations))  # [b, q, h, l, p, 2] (x, y) in 0-1 of each level's map
         capture(self, "attention_weights", rows(weights))  # [b, q, h, l, p]
-        output = ms_deform_attn(
-            value,
-            spatial_shapes,
-            locations,
-            weights,
-            implementation=self.implementation,
-            in_blocks=tokens.order is not None,
-            batch_axis=BATCH_AXES,
-        )
+        plain = type(self.value_proj) is Linear and not other_axes(BATCH_AXES)
+        if tokens.order is not None and q != tokens.features.shape[1] and plain:
+            output = ms_deform_cross_attn(
+                tokens.features,
+                tokens.valid,
+                spatial_shapes,
+                self.value_proj.weights(),
+                locations,
+                weights,
+                batch_axis=BATCH_AXES,
+            )
+        else:
+            value = jnp.where(tokens.valid[..., None], project(self.value_proj, tokens.features), 0)
+            output = ms_deform_attn(
+                value.reshape(*value.shape[:2], self.num_heads, -1),
+                spatial_shapes,
+                locations,
+                weights,
+                implementation=self.implementation,
+                in_blocks=tokens.order is not None,
+                batch_axis=BATCH_AXES,
+            )
         return project(self.output_proj, output.reshape(b, q, -1))
 
     def projections(self) -> Projections:
@@ -184,6 +196,11 @@ class Tokens:
     """(height, width) of each level."""
     order: BlockOrder | None = dataclasses.field(default=None, metadata={"static": True})
     """Blocks of neighbors, as `token_order` says; `None`: levels one after another, row by row."""
+
+    @property
+    def level_lengths(self) -> list[int]:
+        """How many tokens each level has; the levels come one after another in either order."""
+        return self.order.level_lengths if self.order else [math.prod(shape) for shape in self.spatial_shapes]
 
     def arrange(self, x: jax.Array) -> jax.Array:
         """`[b, rows, ...]`, levels one after another, row by row -> `[b, s, ...]` in the order of the tokens."""

@@ -137,14 +137,17 @@ class MultiScaleEncoder(nnx.Module):
         order = token_order(self.config.implementation, spatial_shapes, self.config.encoder_points)
         tokens = Tokens(features, valid, spatial_shapes, order)
         tokens = dataclasses.replace(tokens, features=tokens.arrange(features), valid=tokens.arrange(valid))
-        position = tokens.arrange(position)
+        # Added in the tokens' order, in which its gradient, a sum over each level, needs no arranging.
+        lengths, embed = tokens.level_lengths, self.level_embed[...]
+        level_embed = [jnp.broadcast_to(z, (n, len(z))) for z, n in zip(embed, lengths, strict=True)]
+        position = (tokens.arrange(position) + jnp.concatenate(level_embed)).astype(features.dtype)
         reference_points = tokens.arrange(centers)[:, :, None] * valid_ratios[:, None]
         for layer in self.encoder:
             tokens = recompute(self.config.remat != "none", layer, tokens, position, reference_points, rngs)
         return tokens, valid_maps, valid_ratios
 
     def levels(self, images: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
-        """Tokens and their position encoding, both `[b, s, c]`, and each level's valid map `[b, h, w]`."""
+        """Tokens and their place in the map, encoded, both `[b, s, c]`, and each level's valid map `[b, h, w]`."""
         config = self.config
         mask = config.backbone.mask_padding
         maps = self.backbone(images, sizes)
@@ -161,9 +164,8 @@ class MultiScaleEncoder(nnx.Module):
             shape = tuple(-(-n // projection.stride) for n in source.shape[1:3])
             valid = valid_cells(sizes, shape, stride) if mask else valid_nearest(sizes, images.shape[1:3], shape)
             features = projection(source, valid if mask else None)
-            position = self.position_map(valid) + self.level_embed[i]
             tokens.append(features.reshape(len(images), -1, config.hidden_dim))
-            positions.append(position.reshape(tokens[-1].shape).astype(features.dtype))
+            positions.append(self.position_map(valid).reshape(tokens[-1].shape).astype(features.dtype))
             valid_maps.append(valid)
             if i >= len(maps):
                 source = zero_padding(features, valid) if mask else features

@@ -32,14 +32,14 @@ class BlockOrder:
         return [(-(-height // UNIT), 2 * -(-width // (2 * UNIT))) for height, width in self.spatial_shapes]
 
     @property
-    def units(self) -> int:
-        """Units of all levels."""
-        return sum(rows * columns for rows, columns in self.grids)
+    def level_lengths(self) -> list[int]:
+        """Tokens of each level in block order, padding included."""
+        return [rows * columns * UNIT * UNIT for rows, columns in self.grids]
 
     @property
     def length(self) -> int:
-        """Tokens in block order, padding included."""
-        return self.units * UNIT * UNIT
+        """Of all levels."""
+        return sum(self.level_lengths)
 
     @property
     def is_token(self) -> np.ndarray:

@@ -111,9 +111,11 @@ def test_kernels_count_where_the_program_has_them(monkeypatch):
     config = dataclasses.replace(tiny.config(), model=DeformableDETRConfig.r50_two_stage())
     monkeypatch.setattr(plan, "_layer_bundles", lambda *_: (1.0, 10.0))
     monkeypatch.setattr(plan, "_feed_forward_bundles", lambda tokens, *_: tokens[0] * 100)
-    monkeypatch.setattr(plan, "_projection_cycles", lambda shape, images, *_: images * 1000)
+    cycles = plan.projections_bench.Cycles(2000, 500)
+    monkeypatch.setattr(plan, "_projection_cycles", lambda *_: cycles)
     for name, bundles, products in (
         ("ms_deform_attn_project_forward", 12000, 256 + 384),
+        ("ms_deform_attn_project_values_forward", 3000, 256),
         ("feed_forward_forward", 1200, 256 + 2 * 1024),
     ):
         compiled = SimpleNamespace(as_text=lambda name=name: f"%jvp_{name}_.1 = f32[] custom-call(%x)")

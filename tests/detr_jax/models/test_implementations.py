@@ -17,7 +17,7 @@ from detr_jax.models import ResNet, attention, encoder_layer
 from detr_jax.models.lora import LoRALinear
 from pallas_kernels import ms_deform_attn
 from pallas_kernels.feed_forward import feed_forward
-from pallas_kernels.ms_deform_attn import IMPLEMENTATIONS, ms_deform_self_attn
+from pallas_kernels.ms_deform_attn import IMPLEMENTATIONS, ms_deform_cross_attn, ms_deform_self_attn
 
 
 @functools.cache
@@ -40,6 +40,7 @@ def outputs_and_gradients(implementation):
     with (
         mock.patch.object(ResNet, "__call__", noise_maps),
         mock.patch.object(attention, "ms_deform_attn", functools.partial(ms_deform_attn, interpret=True)),
+        mock.patch.object(attention, "ms_deform_cross_attn", functools.partial(ms_deform_cross_attn, interpret=True)),
         mock.patch.object(encoder_layer, "ms_deform_self_attn", functools.partial(ms_deform_self_attn, interpret=True)),
         mock.patch.object(encoder_layer, "feed_forward", functools.partial(feed_forward, interpret=True)),
     ):

@@ -67,7 +67,7 @@ def test_visits_follow_the_spread(monkeypatch):
     assert units[0].shape == (2, 2, 6)  # tiles: four, one and one
     means = [z.mean() for z in units]
     assert 1 < means[0] < means[1] < means[2]
-    assert max(z.max() for z in units) <= block_order(SMALL["odd_encoder"].spatial_shapes).units
+    assert max(z.max() for z in units) <= block_order(SMALL["odd_encoder"].spatial_shapes).length // 64
     monkeypatch.setattr(bench, "UNROLL", {"forward": 4, "backward": 8})
     visited = np.array([[[0, 1, 4, 5]]])
     assert bench.iterations(visited, "forward") == 4  # of four units each

@@ -1,4 +1,4 @@
-"""Self-attention with its projections in a kernel, against plain JAX, which the models compute elsewhere."""
+"""Attention with its projections in a kernel, against plain JAX, which the models compute elsewhere."""
 
 import functools
 from typing import NamedTuple
@@ -14,10 +14,11 @@ from pallas_kernels.ms_deform_attn import (
     Projections,
     block_order,
     ms_deform_attn,
+    ms_deform_cross_attn,
     ms_deform_self_attn,
-    self_attention,
-    self_attention_bench,
+    projections_bench,
 )
+from pallas_kernels.ms_deform_attn import projections as module
 from pallas_kernels.ms_deform_attn.shapes import COCO_WIDE
 from pallas_kernels.ms_deform_attn.tensorcore import OUTSIDE, in_tiles
 
@@ -74,9 +75,9 @@ def by_kernel(features, position, projections, reference_points, valid, *, case:
 def projected(features, position, projections, reference_points, valid, *, case: Case, interpret=True):
     """What the projections' kernel writes, and the features."""
     order = block_order(case.shapes)
-    places, valid = self_attention.places(reference_points, order), (valid & order.is_token)[:, None]
-    weights = self_attention.in_rows(projections, case.heads)
-    value, *rest = self_attention.project(
+    places, valid = module.places(reference_points, order), (valid & order.is_token)[:, None]
+    weights = module.in_rows(projections, case.heads)
+    value, *rest = module.project(
         features, position, places, valid.astype(jnp.float32), weights, order, case.points, interpret
     )
     return value[:, :, : case.head_dim], *rest
@@ -117,9 +118,9 @@ def both(function, inputs, constants, **options):
     """
     output, vjp = jax.vjp(lambda *inputs: function(*inputs, *constants, **options), *inputs)
     gradient = jax.tree.map(lambda z: jnp.sin(jnp.arange(z.size)).reshape(z.shape).astype(z.dtype), output)
-    if len(output) == 2:
+    if len(jax.tree.leaves(output)) == 2:
         gradient = gradient[0] * block_order(options["case"].shapes).is_token, gradient[1]
-    else:
+    elif isinstance(output, tuple):
         value, *of_samples, features = gradient
         gradient = value, *(jnp.where(output[1] == OUTSIDE, 0, z) for z in of_samples), features
     return {"output": output, "gradients": vjp(gradient)}
@@ -144,12 +145,104 @@ def test_projections_equal_their_definition(name):
     assert_close(got, expected, 2e-6, case)
 
 
+@pytest.mark.slow
 def test_attention_equals_its_definition():
     """All of it. Gradients of locations jump where a point is on a pixel's center, so that rounding may be seen."""
     name = "channels fill no register"
     expected = jax.jit(functools.partial(both, definition, case=CASES[name]))(*problem(name))
     got = jax.jit(functools.partial(both, by_kernel, case=CASES[name]))(*problem(name))
     assert_close(got, expected, 1e-5, CASES[name])
+
+
+def values(features, kernel, bias, valid, *, case: Case):
+    """Those of `project_values`, from their definition."""
+    value = jnp.dot(features, kernel, precision="highest") + bias
+    return jnp.where((valid & block_order(case.shapes).is_token)[..., None], value, 0)
+
+
+def cross_attention(features, kernel, bias, locations, weights, valid, *, case: Case):
+    value = values(features, kernel, bias, valid, case=case)
+    value = value.reshape(*value.shape[:2], case.heads, -1)
+    return ms_deform_attn(value, case.shapes, locations, weights, implementation="reference", in_blocks=True)
+
+
+def cross_attention_by_kernel(features, kernel, bias, locations, weights, valid, *, case: Case, **options):
+    arrays = features, valid, case.shapes, (kernel, bias), locations, weights
+    return ms_deform_cross_attn(*arrays, interpret=True, **options)
+
+
+def cross_problem(name: str, batch: int):
+    """Features, kernel and bias, locations and weights of five queries; valid tokens."""
+    case, random = CASES[name], np.random.default_rng(1)
+    (features, _, projections), (_, valid) = problem(name, batch)
+    grid = (batch, 5, case.heads, len(case.shapes), case.points)
+    locations = jnp.asarray(random.uniform(-0.2, 1.2, (*grid, 2)), jnp.float32)
+    return (features, *projections.value, locations, jnp.asarray(random.uniform(size=grid), jnp.float32)), (valid,)
+
+
+@pytest.mark.slow
+def test_cross_attention_equals_its_definition():
+    """Output and every gradient."""
+    name = "channels fill no register"
+    arrays, case = cross_problem(name, 1), CASES[name]
+    expected = jax.jit(functools.partial(both, cross_attention, case=case))(*arrays)
+    got = jax.jit(functools.partial(both, cross_attention_by_kernel, case=case))(*arrays)
+    assert_close(got, expected, 1e-5, case)
+
+
+@pytest.mark.parametrize("name", ["steps of three tiles", "channels fill no register"])
+def test_values_equal_their_definition(name):
+    """Under an interpreter in which memory that was not written is NaN."""
+    interpret = pltpu.InterpretParams(uninitialized_memory="nan", out_of_bounds_reads="raise", detect_races=True)
+    (features, *layer, _, _), (valid,) = cross_problem(name, 2)
+    case = CASES[name]
+
+    def by_kernel(features, kernel, bias, valid):
+        rows = module._rows((kernel, bias), case.heads, 16)
+        row = module._as_row(valid, block_order(case.shapes))
+        value = module.project_values(features, row, tuple(rows), case.heads, interpret)[:, :, : case.head_dim]
+        return value.reshape(len(value), -1, value.shape[-1]).swapaxes(1, 2)
+
+    expected = jax.jit(functools.partial(both, functools.partial(values, case=case)))((features, *layer), (valid,))
+    got = jax.jit(functools.partial(both, by_kernel))((features, *layer), (valid,))
+    assert_close(got, expected, 2e-6, case)
+
+
+def test_cross_attention_over_a_mesh(monkeypatch):
+    """Three images on four devices. Something short stands for the sampling."""
+
+    def stand_in(value, x, y, weight, *_):
+        samples = jnp.where(x == OUTSIDE, 0, weight * jnp.sin(x) * jnp.cos(y)).sum(2, keepdims=True)
+        return samples * value.sum(3, keepdims=True)
+
+    def expected_output(features, kernel, bias, locations, weights, valid, *, case):
+        value = values(features, kernel, bias, valid, case=case)
+        value = value.reshape(*value.shape[:2], case.heads, -1).transpose(0, 2, 3, 1)
+        samples = in_tiles(locations, weights, np.ones(5, bool), block_order(case.shapes))
+        return stand_in(value, *samples)[..., :5].transpose(0, 3, 1, 2)
+
+    monkeypatch.setattr(module, "attend_tiles", stand_in)
+    arrays, case = cross_problem("one tile", 3), CASES["one tile"]
+    expected = jax.jit(functools.partial(both, expected_output, case=case))(*arrays)
+    with jax.set_mesh(jax.make_mesh((2, 2), ("data", "fsdp"), devices=jax.devices()[:4])):
+        run = functools.partial(both, cross_attention_by_kernel, case=case, batch_axis=("data", "fsdp"))
+        assert_close(jax.jit(run)(*arrays), expected, 2e-6, case)
+
+
+def test_what_cross_attention_refuses():
+    (features, kernel, bias, locations, weights), (valid,) = cross_problem("one tile", 2)
+    case = CASES["one tile"]
+
+    def run(features=features, kernel=kernel, bias=bias, locations=locations, weights=weights):
+        return cross_attention_by_kernel(features, kernel, bias, locations, weights, valid, case=case)
+
+    with pytest.raises(ValueError, match=r"attention_weights .* must be .* with b = 2 and l = 1"):
+        run(locations=locations[:, 1:])
+    with pytest.raises(ValueError, match=r"the kernel of value must be \[32, h \* d\] with h = 2, got \(31, 32\)"):
+        run(kernel=kernel[1:])
+    with pytest.raises(ValueError, match=r"features have 127 tokens"):
+        run(features=features[:, 1:])
+    assert run(locations=locations[:, :0], weights=weights[:, :0]).shape == (2, 0, 2, 16)
 
 
 def test_bfloat16():
@@ -197,7 +290,7 @@ def test_over_a_mesh(monkeypatch):
         output = stand_in(*samples)
         return output.reshape(len(output), -1, output.shape[-1]), features
 
-    monkeypatch.setattr(self_attention, "attend_tiles", stand_in)
+    monkeypatch.setattr(module, "attend_tiles", stand_in)
     arrays, case = problem("one tile", batch=3), CASES["one tile"]
     expected = jax.jit(functools.partial(both, expected_output, case=case))(*arrays)
     with jax.set_mesh(jax.make_mesh((2, 2), ("data", "fsdp"), devices=jax.devices()[:4])):
@@ -252,8 +345,8 @@ def test_second_derivatives_are_refused():
 @pytest.mark.parametrize("points", [4, 3])
 def test_lowers_for_tpus(points, dtype):
     """Mosaic takes the kernels at a real size; whether the compiler can fit them into a chip, it does not say."""
-    arguments = self_attention_bench.abstract_problem(COCO_WIDE, 1, points=points, dtype=dtype)
-    run = functools.partial(self_attention_bench.both_passes, COCO_WIDE, points)
+    arguments = projections_bench.abstract_problem(COCO_WIDE, 1, points=points, dtype=dtype)
+    run = functools.partial(projections_bench.both_passes, COCO_WIDE, points)
     lowered = jax.jit(run).trace(*arguments).lower(lowering_platforms=("tpu",))
     assert all(f"ms_deform_attn_project_{name}" in lowered.as_text() for name in ("forward", "backward"))
 
@@ -265,8 +358,8 @@ def test_compiles_within_vector_memory(generation, dtype):
     """Forward and backward, two images of 800 x 1333: the compiler refuses what is too much."""
     pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu: make test-aot")
     ahead_of_time.require_libtpu()
-    arguments = self_attention_bench.abstract_problem(COCO_WIDE, 2, dtype=dtype)
-    run = functools.partial(self_attention_bench.both_passes, COCO_WIDE, 4)
+    arguments = projections_bench.abstract_problem(COCO_WIDE, 2, dtype=dtype)
+    run = functools.partial(projections_bench.both_passes, COCO_WIDE, 4)
     compiled = ahead_of_time.compile_for(generation, run, *arguments)
     found = ahead_of_time.kernels(compiled, "ms_deform_attn_project_")
     assert len(found) == 2 and max(kernel.vmem for kernel in found) <= VMEM_MIB[generation] * 2**20

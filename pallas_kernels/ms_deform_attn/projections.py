@@ -1,10 +1,11 @@
-"""Multi-scale deformable self-attention of tokens in block order, on the TensorCore of a TPU.
+"""Multi-scale deformable attention with the projections of its tokens, on the TensorCore of a TPU.
 
-The paper's module (Deformable DETR, section 4.1) up to its output projection: the projections of the tokens to values,
-sampling offsets and attention weights, the softmax, and the locations are one kernel, `project`, which writes them as
-the kernel of `tensorcore.py` reads them, features on sublanes and tokens on lanes. By XLA each is a pass over the
-tokens in main memory. Backward, `project` is computed again from the tokens, so that nothing else is kept, and the
-gradients of the weights are added up over the tiles of an image, in float32.
+The paper's module (Deformable DETR, section 4.1) up to its output projection, for tokens in block order. What is
+projected from all tokens is made by a kernel, which writes it as the kernel of `tensorcore.py` reads it, features on
+sublanes and tokens on lanes: the values (`project_values`), and for self-attention the sampling offsets and attention
+weights too, with softmax and locations (`project`). By XLA each is a pass over the tokens in main memory. Backward, the
+kernels compute again from the tokens what they need, so that nothing else is kept, and gradients of the weights are
+added up over the tiles of an image, in float32.
 """
 
 import functools
@@ -21,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.by_platform import vmem_bytes
 from pallas_kernels.derivatives import first_order
 from pallas_kernels.ms_deform_attn.order import TILE, UNIT, BlockOrder, block_order
-from pallas_kernels.ms_deform_attn.tensorcore import attend_tiles, drop_outside
+from pallas_kernels.ms_deform_attn.tensorcore import attend_tiles, drop_outside, in_tiles
 from pallas_kernels.ms_deform_attn.tensorcore_walk import too_large
 from pallas_kernels.over_mesh import Axes, over_mesh
 
@@ -96,7 +97,7 @@ def ms_deform_self_attn(
         features,
         position,
         places(reference_points, order),
-        (valid & order.is_token).astype(jnp.float32)[:, None],
+        _as_row(valid, order),
         shared=in_rows(projections, num_heads),
         op="ms_deform_self_attn",
         batch_axis=batch_axis,
@@ -104,16 +105,98 @@ def ms_deform_self_attn(
     )
 
 
-def _check(features, position, reference_points, valid, order: BlockOrder, projections: Projections, heads) -> int:
-    """The points of a level."""
+def ms_deform_cross_attn(
+    features: jax.Array,
+    valid: jax.Array,
+    spatial_shapes: Sequence[tuple[int, int]],
+    value: tuple[jax.Array, jax.Array],
+    sampling_locations: jax.Array,
+    attention_weights: jax.Array,
+    *,
+    batch_axis: Axes = "data",
+    interpret: bool = False,
+) -> jax.Array:
+    """What other queries sample from the tokens: `ms_deform_attn` and the projection of its values.
+
+    Differentiable, and computed, as `ms_deform_self_attn`; in the locations and weights, too.
+
+    Args:
+        features: `[b, s, c]` in `block_order(spatial_shapes)`, float32 or bfloat16.
+        valid: bool `[b, s]`; other tokens, and the padding of the order, have the value zero.
+        spatial_shapes: (height, width) of each of the `l` levels; static.
+        value: kernel `[c, h * d]` and bias `[h * d]` of the projection, float32.
+        sampling_locations: `[b, q, h, l, p, 2]`, as for `ms_deform_attn`.
+        attention_weights: `[b, q, h, l, p]`.
+        batch_axis: mesh axis, or several, over which the batch is split.
+        interpret: run on the CPU, slowly: for tests.
+
+    Returns:
+        `[b, q, h, d]` in `features`' type.
+
+    Raises:
+        ValueError: as `ms_deform_self_attn`.
+    """
+    order = block_order(spatial_shapes)
+    _check_tokens(features, valid, order)
+    b, q, heads, levels, points = attention_weights.shape
+    kernel, bias = value
+    if sampling_locations.shape != (*attention_weights.shape, 2) or (b, levels) != (len(features), len(spatial_shapes)):
+        raise ValueError(
+            f"attention_weights {attention_weights.shape} and sampling_locations {sampling_locations.shape} must be "
+            f"[b, q, h, l, p] and [b, q, h, l, p, 2] with b = {len(features)} and l = {len(spatial_shapes)}"
+        )
+    if bias.size % heads or kernel.shape != (features.shape[2], bias.size):
+        raise ValueError(
+            f"the kernel of value must be [{features.shape[2]}, h * d] with h = {heads}, got {kernel.shape}, and its "
+            f"bias [h * d], got {bias.shape}"
+        )
+    if reason := too_large(order, points):
+        raise ValueError(reason)
+    d = bias.size // heads
+    if 0 in (b, q):
+        return jnp.zeros((b, q, heads, d), features.dtype)
+
+    def of_images(features, valid, locations, weights, *layer):
+        projected: Any = project_values(features, valid, layer, heads, interpret)
+        samples = in_tiles(locations, weights, np.ones(q, bool), order)
+        output = jnp.asarray(attend_tiles(projected, *samples, order, interpret))
+        return output.transpose(0, 3, 1, 2)[:, :q, :, :d]
+
+    return over_mesh(
+        of_images,
+        features,
+        _as_row(valid, order),
+        sampling_locations,
+        attention_weights,
+        shared=_rows(value, heads, 16),
+        op="ms_deform_cross_attn",
+        batch_axis=batch_axis,
+        partitions=False,
+    )
+
+
+def _check_tokens(features, valid, order: BlockOrder) -> None:
     if features.ndim != 3 or features.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"features must be [b, s, c] in float32 or bfloat16, got {features.shape} in {features.dtype}")
+    if features.shape[1] != order.length:
+        raise ValueError(
+            f"features have {features.shape[1]} tokens, but spatial_shapes {order.spatial_shapes} in block order make "
+            f"{order.length}"
+        )
+    if valid.shape != features.shape[:2]:
+        raise ValueError(f"valid must be {features.shape[:2]} for features {features.shape}, got {valid.shape}")
+
+
+def _as_row(valid: jax.Array, order: BlockOrder) -> jax.Array:
+    """1 or, where values are zero, 0: `[b, 1, s]`."""
+    return (valid & order.is_token).astype(jnp.float32)[:, None]
+
+
+def _check(features, position, reference_points, valid, order: BlockOrder, projections: Projections, heads) -> int:
+    """The points of a level."""
+    _check_tokens(features, valid, order)
     b, s, c = features.shape
     levels = len(order.spatial_shapes)
-    if s != order.length:
-        raise ValueError(
-            f"features have {s} tokens, but spatial_shapes {order.spatial_shapes} in block order make {order.length}"
-        )
     (_, value_bias), *samples = projections
     count = samples[0][1].size
     if value_bias.size % heads or count % (heads * levels):
@@ -124,7 +207,6 @@ def _check(features, position, reference_points, valid, order: BlockOrder, proje
     expected = {
         "position": (position, features.shape),
         "reference_points": (reference_points, (b, s, levels, 2)),
-        "valid": (valid, (b, s)),
     }
     for name, (kernel, bias), n in zip(Projections._fields, projections, (value_bias.size, *[count] * 3), strict=True):
         expected |= {f"the kernel of {name}": (kernel, (c, n)), f"the bias of {name}": (bias, (n,))}
@@ -162,17 +244,17 @@ class Weights(NamedTuple):
 
 def in_rows(projections: Projections, heads: int) -> Weights:
     """`Weights` of `Projections`."""
-
-    def rows(layer, multiple: int) -> list[jax.Array]:
-        """Kernel and bias of a layer, `[c, h * n]` and `[h * n]` -> `[h * r, c]` and `[h * r, 1]`."""
-        kernel, bias = (z.T.reshape(heads, -1, *z.shape[:-1]) for z in layer)
-        padding = (0, 0), (0, -bias.shape[1] % multiple)
-        kernel, bias = jnp.pad(kernel, (*padding, (0, 0))), jnp.pad(bias, padding)
-        return [kernel.reshape(bias.size, -1), bias.reshape(-1, 1)]
-
     value, *samples = projections
-    samples = zip(*[rows(layer, UNIT) for layer in samples], strict=True)
-    return Weights(*rows(value, 16), *map(jnp.concatenate, samples))
+    samples = zip(*[_rows(layer, heads, UNIT) for layer in samples], strict=True)
+    return Weights(*_rows(value, heads, 16), *map(jnp.concatenate, samples))
+
+
+def _rows(layer: tuple[jax.Array, jax.Array], heads: int, multiple: int) -> list[jax.Array]:
+    """Kernel and bias of a layer, `[c, h * n]` and `[h * n]` -> `[h * r, c]` and `[h * r, 1]`."""
+    kernel, bias = (z.T.reshape(heads, -1, *z.shape[:-1]) for z in layer)
+    padding = (0, 0), (0, -bias.shape[1] % multiple)
+    kernel, bias = jnp.pad(kernel, (*padding, (0, 0))), jnp.pad(bias, padding)
+    return [kernel.reshape(bias.size, -1), bias.reshape(-1, 1)]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
@@ -223,17 +305,39 @@ def _backward(order, points, interpret, residuals, gradients):
 project.defvjp(_forward, _backward)
 
 
-def _call(kernel, name: str, arrays, weights: Weights, outputs, sums, interpret):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def project_values(features, valid, layer: Sequence[jax.Array], heads: int, interpret):
+    """Values `[b, h, d, s]`; `layer` is the first two of `Weights`, the rest as for `project`."""
+    b, s, _ = features.shape
+    value = jax.ShapeDtypeStruct((b, heads, len(layer[0]) // heads, s), features.dtype)
+    (output,) = _call(_values_forward_kernel, "values_forward", (features, valid), layer, [value], [], interpret)
+    return output
+
+
+def _values_forward(features, valid, layer, heads, interpret):
+    features, layer = first_order("ms_deform_cross_attn", (features, layer))
+    return project_values(features, valid, layer, heads, interpret), (features, valid, layer)
+
+
+def _values_backward(heads, interpret, residuals, gradient):
+    features, valid, layer = residuals
+    features, layer, gradient = first_order("ms_deform_cross_attn", (features, layer, gradient))
+    sums = [jax.ShapeDtypeStruct((len(features), *z.shape), jnp.float32) for z in layer]
+    output = jax.ShapeDtypeStruct(features.shape, features.dtype)
+    arrays = features, valid, gradient
+    dfeatures, *sums = _call(_values_backward_kernel, "values_backward", arrays, layer, [output], sums, interpret)
+    return dfeatures, None, tuple(z.sum(0).astype(weight.dtype) for z, weight in zip(sums, layer, strict=True))
+
+
+project_values.defvjp(_values_forward, _values_backward)
+
+
+def _call(kernel, name: str, arrays, weights: Sequence[jax.Array], outputs, sums, interpret):
     """Runs a kernel over (image, some tiles of tokens). `sums` are outputs `[b, ...]` of an image's tiles together."""
     b, s, _ = arrays[0].shape
     dtype = arrays[0].dtype
     tiles = next(count for count in range(TILES, 0, -1) if s // TILE % count == 0)
-    operands = (
-        weights.value.astype(dtype),
-        weights.value_bias.astype(jnp.float32),
-        weights.sample.astype(dtype),
-        weights.sample_bias.astype(jnp.float32),
-    )
+    operands = [z.astype(jnp.float32 if i % 2 else dtype) for i, z in enumerate(weights)]  # kernels and biases
 
     def tiled(z):
         tokens_last = z.ndim == 4 or z.shape[1] != s
@@ -274,13 +378,48 @@ def _heads(rows, kind: int, heads: int, samples: int):
     return [rows[(kind * heads + head) * step :][:samples] for head in range(heads)]
 
 
+def _values(features, valid_ref, value_w, value_b, value_ref):
+    """Writes them."""
+    value = _dot(value_w[...], features, (1, 1)) + value_b[...]
+    value_ref[0] = jnp.where(valid_ref[0] > 0, value, 0).astype(value_ref.dtype).reshape(value_ref.shape[1:])
+
+
+def _values_gradients(features, valid_ref, dvalue_ref, value_w):
+    """Of the tokens, the kernel and the bias."""
+    dvalue = dvalue_ref[0].reshape(value_w.shape[0], -1).astype(jnp.float32)
+    dvalue = jnp.where(valid_ref[0] > 0, dvalue, 0)
+    low = dvalue.astype(features.dtype)
+    return _dot(low, value_w[...], (0, 0)), _dot(low, features, (1, 0)), dvalue.sum(1, keepdims=True)
+
+
+def _add(refs, sums) -> None:
+    """To what the tiles of an image have so far."""
+
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        for ref in refs:
+            ref[...] = jnp.zeros(ref.shape, ref.dtype)
+
+    for ref, z in zip(refs, sums, strict=True):
+        ref[0] += z
+
+
+def _values_forward_kernel(features_ref, valid_ref, value_w, value_b, value_ref):
+    _values(features_ref[0], valid_ref, value_w, value_b, value_ref)
+
+
+def _values_backward_kernel(features_ref, valid_ref, dvalue_ref, value_w, _, dfeatures_ref, *sum_refs):
+    dfeatures, *sums = _values_gradients(features_ref[0], valid_ref, dvalue_ref, value_w)
+    dfeatures_ref[0] = dfeatures.astype(dfeatures_ref.dtype)
+    _add(sum_refs, sums)
+
+
 def _forward_kernel(
     features_ref, position_ref, place_ref, valid_ref, value_w, value_b, sample_w, sample_b,
     value_ref, x_ref, y_ref, weight_ref, *, shapes, points,
 ):  # fmt: skip
     features = features_ref[0]
-    value = _dot(value_w[...], features, (1, 1)) + value_b[...]
-    value_ref[0] = jnp.where(valid_ref[0] > 0, value, 0).astype(value_ref.dtype).reshape(value_ref.shape[1:])
+    _values(features, valid_ref, value_w, value_b, value_ref)
     rows = _dot(sample_w[...], features + position_ref[0], (1, 1)) + sample_b[...]
     _, heads, samples, tokens = x_ref.shape
     level = lax.div(lax.broadcasted_iota(jnp.int32, (samples, tokens), 0), points)
@@ -307,11 +446,6 @@ def _backward_kernel(
     features_ref, position_ref, valid_ref, dvalue_ref, dx_ref, dy_ref, dweight_ref, dresidual_ref,
     value_w, _, sample_w, sample_b, dfeatures_ref, dposition_ref, *sum_refs,
 ):  # fmt: skip
-    @pl.when(pl.program_id(1) == 0)
-    def _():
-        for ref in sum_refs:
-            ref[...] = jnp.zeros(ref.shape, ref.dtype)
-
     features, dtype = features_ref[0], features_ref.dtype
     query = features + position_ref[0]
     _, heads, samples, tokens = dx_ref.shape
@@ -327,18 +461,9 @@ def _backward_kernel(
         weight, dweight = _softmax(logits[head * step :][:samples]), dweight_ref[0, head]
         drows += [weight * (dweight - (weight * dweight).sum(0, keepdims=True)), *fill]
     drows = jnp.concatenate(drows, 0)
-    dvalue = dvalue_ref[0].reshape(-1, tokens).astype(jnp.float32)
-    dvalue = jnp.where(valid_ref[0] > 0, dvalue, 0)
-    drows_low, dvalue_low = drows.astype(dtype), dvalue.astype(dtype)
-    dquery = _dot(drows_low, sample_w[...], (0, 0))
-    dfeatures = _dot(dvalue_low, value_w[...], (0, 0)) + dquery + dresidual_ref[0].astype(jnp.float32)
-    dfeatures_ref[0] = dfeatures.astype(dtype)
+    low = drows.astype(dtype)
+    dquery = _dot(low, sample_w[...], (0, 0))
+    dfeatures, *of_values = _values_gradients(features, valid_ref, dvalue_ref, value_w)
+    dfeatures_ref[0] = (dfeatures + dquery + dresidual_ref[0].astype(jnp.float32)).astype(dtype)
     dposition_ref[0] = dquery.astype(dtype)
-    sums = (
-        _dot(dvalue_low, features, (1, 0)),
-        dvalue.sum(1, keepdims=True),
-        _dot(drows_low, query, (1, 0)),
-        drows.sum(1, keepdims=True),
-    )
-    for ref, z in zip(sum_refs, sums, strict=True):
-        ref[0] += z
+    _add(sum_refs, (*of_values, _dot(low, query, (1, 0)), drows.sum(1, keepdims=True)))
