@@ -22,17 +22,20 @@ def expected_platform() -> str:
 
 def vmem_bytes() -> int:
     """Bytes of vector memory of the TPU compiled for, as far as it is known: the mesh's, or the default device."""
-    try:
-        return pltpu.get_tpu_info().vmem_capacity_bytes
-    except ValueError:  # traced on another platform: all but v4 have this much
-        return 64 * 2**20
+    info = _tpu_info()
+    return info.vmem_capacity_bytes if info else 64 * 2**20  # all but v4 have this much
 
 
 def tpu_generation() -> int | None:
     """4 for v4, 5 for v5e and v5p, and so on, of the TPU compiled for; `None` where it is not known."""
+    info = _tpu_info()
+    return info.generation if info else None
+
+
+def _tpu_info() -> pltpu.TpuInfo | None:
     try:
-        return pltpu.get_tpu_info().generation
-    except ValueError:
+        return pltpu.get_tpu_info()
+    except ValueError:  # traced on another platform
         return None
 
 

@@ -42,6 +42,7 @@ DETACHED = "tests/detr_jax/models/test_detached.py"
 ENCODER_LAYER = "detr_jax/models/encoder_layer.py"
 IMPLEMENTATIONS = "tests/detr_jax/models/test_implementations.py"
 PROJECTIONS = "pallas_kernels/ms_deform_attn/projections.py"
+PROJECTIONS_KERNELS = "pallas_kernels/ms_deform_attn/projections_kernels.py"
 PROJECTIONS_TESTS = "tests/pallas_kernels/ms_deform_attn/test_projections.py"
 
 MUTANTS = [
@@ -112,14 +113,14 @@ MUTANTS = [
     ),
     Mutant(
         "projections' kernel: gradients of one step only",
-        PROJECTIONS,
+        PROJECTIONS_KERNELS,
         "@pl.when(pl.program_id(1) == 0)",
         "@pl.when(pl.program_id(1) >= 0)",
         f"{PROJECTIONS_TESTS} -k projections",
     ),
     Mutant(
         "projections' kernel: the residual's gradient is left out",
-        PROJECTIONS,
+        PROJECTIONS_KERNELS,
         " + dresidual_ref[0].astype(jnp.float32)",
         "",
         f"{PROJECTIONS_TESTS} -k projections",
@@ -133,14 +134,14 @@ MUTANTS = [
     ),
     Mutant(
         "projections' kernel: values of padding have gradients",
-        PROJECTIONS,
+        PROJECTIONS_KERNELS,
         "    dvalue = jnp.where(valid_ref[0] > 0, dvalue, 0)\n",
         "",
         f"{PROJECTIONS_TESTS} -k projections",
     ),
     Mutant(
         "projections' kernel: softmax without its mean gradient",
-        PROJECTIONS,
+        PROJECTIONS_KERNELS,
         "weight * (dweight - (weight * dweight).sum(0, keepdims=True))",
         "weight * dweight",
         f"{PROJECTIONS_TESTS} -k projections",

@@ -22,7 +22,13 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.by_platform import vmem_bytes
 from pallas_kernels.derivatives import first_order
 from pallas_kernels.ms_deform_attn.order import TILE, UNIT, BlockOrder, block_order
-from pallas_kernels.ms_deform_attn.tensorcore import attend_tiles, drop_outside, in_tiles
+from pallas_kernels.ms_deform_attn.projections_kernels import (
+    backward_kernel,
+    forward_kernel,
+    values_backward_kernel,
+    values_forward_kernel,
+)
+from pallas_kernels.ms_deform_attn.tensorcore import attend_tiles, in_tiles
 from pallas_kernels.ms_deform_attn.tensorcore_walk import too_large
 from pallas_kernels.over_mesh import Axes, over_mesh
 
@@ -279,7 +285,7 @@ def project(features, position, places, valid, weights: Weights, order: BlockOrd
     value = jax.ShapeDtypeStruct((b, heads, weights.value.shape[0] // heads, s), features.dtype)
     sample = jax.ShapeDtypeStruct((b, heads, samples, s), jnp.float32)
     arrays = features, position, places, valid
-    kernel = functools.partial(_forward_kernel, shapes=order.spatial_shapes, points=points)
+    kernel = functools.partial(forward_kernel, shapes=order.spatial_shapes, points=points)
     return *_call(kernel, "forward", arrays, weights, [value, sample, sample, sample], [], interpret), features
 
 
@@ -297,7 +303,7 @@ def _backward(order, points, interpret, residuals, gradients):
     sums = [jax.ShapeDtypeStruct((len(features), *z.shape), jnp.float32) for z in weights]
     outputs = [jax.ShapeDtypeStruct(features.shape, features.dtype)] * 2
     arrays = features, position, valid, *gradients
-    dfeatures, dposition, *sums = _call(_backward_kernel, "backward", arrays, weights, outputs, sums, interpret)
+    dfeatures, dposition, *sums = _call(backward_kernel, "backward", arrays, weights, outputs, sums, interpret)
     dweights = Weights(*(z.sum(0).astype(weight.dtype) for z, weight in zip(sums, weights, strict=True)))
     return dfeatures, dposition, None, None, dweights
 
@@ -310,7 +316,7 @@ def project_values(features, valid, layer: Sequence[jax.Array], heads: int, inte
     """Values `[b, h, d, s]`; `layer` is the first two of `Weights`, the rest as for `project`."""
     b, s, _ = features.shape
     value = jax.ShapeDtypeStruct((b, heads, len(layer[0]) // heads, s), features.dtype)
-    (output,) = _call(_values_forward_kernel, "values_forward", (features, valid), layer, [value], [], interpret)
+    (output,) = _call(values_forward_kernel, "values_forward", (features, valid), layer, [value], [], interpret)
     return output
 
 
@@ -325,7 +331,7 @@ def _values_backward(heads, interpret, residuals, gradient):
     sums = [jax.ShapeDtypeStruct((len(features), *z.shape), jnp.float32) for z in layer]
     output = jax.ShapeDtypeStruct(features.shape, features.dtype)
     arrays = features, valid, gradient
-    dfeatures, *sums = _call(_values_backward_kernel, "values_backward", arrays, layer, [output], sums, interpret)
+    dfeatures, *sums = _call(values_backward_kernel, "values_backward", arrays, layer, [output], sums, interpret)
     return dfeatures, None, tuple(z.sum(0).astype(weight.dtype) for z, weight in zip(sums, layer, strict=True))
 
 
@@ -358,112 +364,3 @@ def _call(kernel, name: str, arrays, weights: Sequence[jax.Array], outputs, sums
         interpret=interpret,
         name=f"ms_deform_attn_project_{name}",
     )(*arrays, *operands)
-
-
-def _dot(a, b, contract: tuple[int, int]):
-    dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _softmax(logits):
-    """Over the samples of a head, which are rows."""
-    exponentials = jnp.exp(logits - logits.max(0, keepdims=True))
-    return exponentials / exponentials.sum(0, keepdims=True)
-
-
-def _heads(rows, kind: int, heads: int, samples: int):
-    """Rows of a kind (0: x, 1: y, 2: logits), for each head."""
-    step = rows.shape[0] // (3 * heads)
-    return [rows[(kind * heads + head) * step :][:samples] for head in range(heads)]
-
-
-def _values(features, valid_ref, value_w, value_b, value_ref):
-    """Writes them."""
-    value = _dot(value_w[...], features, (1, 1)) + value_b[...]
-    value_ref[0] = jnp.where(valid_ref[0] > 0, value, 0).astype(value_ref.dtype).reshape(value_ref.shape[1:])
-
-
-def _values_gradients(features, valid_ref, dvalue_ref, value_w):
-    """Of the tokens, the kernel and the bias."""
-    dvalue = dvalue_ref[0].reshape(value_w.shape[0], -1).astype(jnp.float32)
-    dvalue = jnp.where(valid_ref[0] > 0, dvalue, 0)
-    low = dvalue.astype(features.dtype)
-    return _dot(low, value_w[...], (0, 0)), _dot(low, features, (1, 0)), dvalue.sum(1, keepdims=True)
-
-
-def _add(refs, sums) -> None:
-    """To what the tiles of an image have so far."""
-
-    @pl.when(pl.program_id(1) == 0)
-    def _():
-        for ref in refs:
-            ref[...] = jnp.zeros(ref.shape, ref.dtype)
-
-    for ref, z in zip(refs, sums, strict=True):
-        ref[0] += z
-
-
-def _values_forward_kernel(features_ref, valid_ref, value_w, value_b, value_ref):
-    _values(features_ref[0], valid_ref, value_w, value_b, value_ref)
-
-
-def _values_backward_kernel(features_ref, valid_ref, dvalue_ref, value_w, _, dfeatures_ref, *sum_refs):
-    dfeatures, *sums = _values_gradients(features_ref[0], valid_ref, dvalue_ref, value_w)
-    dfeatures_ref[0] = dfeatures.astype(dfeatures_ref.dtype)
-    _add(sum_refs, sums)
-
-
-def _forward_kernel(
-    features_ref, position_ref, place_ref, valid_ref, value_w, value_b, sample_w, sample_b,
-    value_ref, x_ref, y_ref, weight_ref, *, shapes, points,
-):  # fmt: skip
-    features = features_ref[0]
-    _values(features, valid_ref, value_w, value_b, value_ref)
-    rows = _dot(sample_w[...], features + position_ref[0], (1, 1)) + sample_b[...]
-    _, heads, samples, tokens = x_ref.shape
-    level = lax.div(lax.broadcasted_iota(jnp.int32, (samples, tokens), 0), points)
-
-    def of_levels(values):
-        """Each level's value in its rows."""
-        return functools.reduce(
-            lambda rest, i: jnp.where(level == i, values[i], rest), range(1, len(shapes)), values[0]
-        )
-
-    count = len(shapes)
-    columns, lines = (
-        of_levels([place_ref[0, axis * count + i : axis * count + i + 1, :] for i in range(count)]) for axis in range(2)
-    )
-    width, height = (of_levels([jnp.float32(shape[axis]) for shape in shapes]) for axis in (1, 0))
-    groups = (_heads(rows, kind, heads, samples) for kind in range(3))
-    for head, (x, y, logits) in enumerate(zip(*groups, strict=True)):
-        found = drop_outside(columns + x, lines + y, _softmax(logits), True, width, height)
-        for ref, z in zip((x_ref, y_ref, weight_ref), found, strict=True):
-            ref[0, head] = z
-
-
-def _backward_kernel(
-    features_ref, position_ref, valid_ref, dvalue_ref, dx_ref, dy_ref, dweight_ref, dresidual_ref,
-    value_w, _, sample_w, sample_b, dfeatures_ref, dposition_ref, *sum_refs,
-):  # fmt: skip
-    features, dtype = features_ref[0], features_ref.dtype
-    query = features + position_ref[0]
-    _, heads, samples, tokens = dx_ref.shape
-    step = sample_w.shape[0] // (3 * heads)
-    first = 2 * heads * step  # row of logits
-    logits = _dot(sample_w[first:], query, (1, 1)) + sample_b[first:]
-    fill = [jnp.zeros((step - samples, tokens), jnp.float32)] if step > samples else []
-    drows = []
-    for ref in (dx_ref, dy_ref):
-        for head in range(heads):
-            drows += [ref[0, head], *fill]
-    for head in range(heads):
-        weight, dweight = _softmax(logits[head * step :][:samples]), dweight_ref[0, head]
-        drows += [weight * (dweight - (weight * dweight).sum(0, keepdims=True)), *fill]
-    drows = jnp.concatenate(drows, 0)
-    low = drows.astype(dtype)
-    dquery = _dot(low, sample_w[...], (0, 0))
-    dfeatures, *of_values = _values_gradients(features, valid_ref, dvalue_ref, value_w)
-    dfeatures_ref[0] = (dfeatures + dquery + dresidual_ref[0].astype(jnp.float32)).astype(dtype)
-    dposition_ref[0] = dquery.astype(dtype)
-    _add(sum_refs, (*of_values, _dot(low, query, (1, 0)), drows.sum(1, keepdims=True)))

@@ -77,7 +77,8 @@ def _build(matrix_ref, hat_ref, sample_ref, k, unit, points):
     matrix_ref[k // 2, pl.ds(k % 2 * PIXELS, PIXELS), :] = weights
 
 
-def _dot(a, b, contract: tuple[int, int]):
+def dot(a, b, contract: tuple[int, int]):
+    """Product over one axis of each, in float32."""
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
@@ -140,7 +141,7 @@ def forward_kernel(
 
         def multiply():
             for pair in range(matrix_ref.shape[0]):
-                sum_ref[...] += _dot(pltpu.bitcast(pair_ref[pair], matrix_ref.dtype), matrix_ref[pair], (1, 0))
+                sum_ref[...] += dot(pltpu.bitcast(pair_ref[pair], matrix_ref.dtype), matrix_ref[pair], (1, 0))
 
         def iteration(_, carry):
             # The matrix unit multiplies the weights of the iteration before while the vector unit builds the next.
@@ -238,7 +239,7 @@ def backward_kernel(
             for pair in range(matrix_ref.shape[0]):
                 numbers = [unit.number for unit in units[2 * pair : 2 * pair + 2]]
                 pixels = [pixel_ref[pl.ds(pl.multiple_of(unit * PIXELS, PIXELS), PIXELS), :] for unit in numbers]
-                products = _dot(jnp.concatenate(pixels, 0), gradient, (1, 0))  # G, [128 pixels, 128 queries]
+                products = dot(jnp.concatenate(pixels, 0), gradient, (1, 0))  # G, [128 pixels, 128 queries]
                 for side in range(2):
                     unit = units[2 * pair + side]
                     _build(matrix_ref, hat_ref, sample_ref, 2 * pair + side, unit, points)
@@ -253,7 +254,7 @@ def backward_kernel(
                         found.append(corners(rows, bits, [z[p * UNIT :][:UNIT] for z in holders], place))
                     for lower in range(2):
                         corner_ref[lower, span, :] = sums[lower] + jnp.concatenate([z[lower] for z in found], 0)
-                grad_pixels = _dot(gradient, matrix_ref[pair], (1, 1))  # [d, 128 pixels]
+                grad_pixels = dot(gradient, matrix_ref[pair], (1, 1))  # [d, 128 pixels]
                 unit_ref[numbers[0]] += _half(grad_pixels, jnp.zeros_like(grad_pixels))
                 unit_ref[numbers[1]] += _half(jnp.zeros_like(grad_pixels), grad_pixels)
             return walk.take(state)
