@@ -47,13 +47,14 @@ RATES = (1e-4, 3e-4, 1e-3)
 SCORES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 SIZES = {"bccd": (120, 160), "deep_pcb": (320, 320)}
 QUERIES = {"bccd": 50, "deep_pcb": 50}
-EPOCHS = {"try": 4, "main": 16, "ablation": 16, "long": 80, "cost": 0, "demo": 11}
+EPOCHS = {"try": 4, "main": 16, "ablation": 16, "long": 80, "cost": 0}
+DEMO_EPOCHS = {"bccd": 11, "deep_pcb": 4}
 SEEDS = (0, 1, 2)
 FIRST = ("detr", "single_scale", "multi_scale", "two_stage")
 THEN = ("detr_dc5", "single_scale_dc5", "refine")
 ABLATIONS = ("levels3", "points1", "single_scale_points1")
 """The paper's Table 2, with `single_scale` (1 level, 4 points) and `multi_scale` (4 levels, 4 points)."""
-DEMO = ("demo", "dcn", "dino", "bfloat16")
+DEMO = {"bccd": ("demo", "dcn", "dino", "bfloat16"), "deep_pcb": ("demo", "dino")}
 """`configs/bccd.py` as it is, and with one change: see `demo_config`."""
 
 
@@ -77,7 +78,7 @@ class Cell:
     @property
     def epochs(self) -> int:
         """Passes over the training images."""
-        return EPOCHS[self.part]
+        return DEMO_EPOCHS[self.data] if self.part == "demo" else EPOCHS[self.part]
 
 
 def all_cells(data_sets: Sequence[str]) -> list[Cell]:
@@ -93,10 +94,9 @@ def all_cells(data_sets: Sequence[str]) -> list[Cell]:
         cells += [Cell(data, "long", "detr")]
         cells += [Cell(data, "ablation", model, seed) for seed in SEEDS[1:] for model in ABLATIONS]
         cells += [Cell(data, "long", "detr", seed) for seed in SEEDS[1:]]
-        if data == "bccd":
-            rate = load_config(str(DEMO_CONFIG)).optim.lr
-            cells += [Cell(data, "demo", model, seed, rate) for seed in SEEDS for model in DEMO]
-            cells += [Cell(data, "cost", model) for model in DEMO]
+        rate = load_config(str(DEMO_CONFIG)).optim.lr
+        cells += [Cell(data, "demo", model, seed, rate) for seed in SEEDS for model in DEMO[data]]
+        cells += [Cell(data, "cost", model) for model in DEMO[data]]
     return cells
 
 
@@ -135,7 +135,7 @@ def cell_config(cell: Cell, rate: float, roots: Mapping[str, Path], work: Path) 
     """The configuration of a cell's training; that of the product, with nothing of its own."""
     height, width = SIZES[cell.data]
     root = roots[cell.data]
-    if cell.model in DEMO:
+    if cell.model in DEMO[cell.data]:
         return demo_config(cell, root, work)
     data = DataConfig(
         root=str(root),
@@ -177,7 +177,8 @@ def demo_config(cell: Cell, root: Path, work: Path) -> Config:
     """The config of `make demo`, changed in the one thing that the cell's model names.
 
     `dcn` has modulated deformable convolutions in C3 to C5, `dino` is DINO with DINO's loss and everything else equal,
-    `bfloat16` computes in it.
+    `bfloat16` computes in it. On DeepPCB, whose images are square, they have 240 x 240 pixels, and every epoch is
+    evaluated.
     """
     demo = load_config(str(DEMO_CONFIG))
     model, loss = demo.model, demo.loss
@@ -197,6 +198,7 @@ def demo_config(cell: Cell, root: Path, work: Path) -> Config:
             output_dir=str(work / cell.name),
             epochs=cell.epochs or demo.train.epochs,
             seed=cell.seed,
+            eval_every=demo.train.eval_every if cell.data == "bccd" else 1,
             keep_last=1,
             num_pictures=0,
         ),

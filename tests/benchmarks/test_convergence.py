@@ -89,7 +89,7 @@ def test_models_differ_in_what_is_compared_alone(study, tmp_path):
 def test_the_demo_cells_are_the_demo_with_one_change(study, tmp_path):
     demo = load_config(str(ROOT / "configs/bccd.py"))
     cells = [cell for cell in study.all_cells(["bccd"]) if cell.part == "demo"]
-    assert [(c.model, c.seed) for c in cells] == [(m, s) for s in (0, 1, 2) for m in study.DEMO]
+    assert [(c.model, c.seed) for c in cells] == [(m, s) for s in (0, 1, 2) for m in study.DEMO["bccd"]]
     for cell in cells:
         config = study.cell_config(cell, cell.rate, {"bccd": BCCD}, tmp_path)
         ours = dataclasses.replace(config.train, output_dir=demo.train.output_dir, keep_last=2, num_pictures=4)
@@ -104,6 +104,15 @@ def test_the_demo_cells_are_the_demo_with_one_change(study, tmp_path):
             assert config.loss == demo.loss
         changed = {"dcn": "backbone", "bfloat16": "dtype"}.get(cell.model)
         assert [name for name, value in vars(demo.model).items() if same[name] != value] == [changed] * bool(changed)
+
+
+def test_the_demo_on_deep_pcb(study, tmp_path):
+    """Four epochs, each evaluated; two-stage against DINO alone."""
+    cells = [cell for cell in study.all_cells(["deep_pcb"]) if cell.part == "demo"]
+    assert [(c.model, c.seed) for c in cells] == [(m, s) for s in (0, 1, 2) for m in ("demo", "dino")]
+    two_stage, dino = (study.cell_config(cell, cell.rate, {"deep_pcb": BCCD}, tmp_path) for cell in cells[:2])
+    assert (two_stage.train.epochs, two_stage.train.eval_every) == (4, 1)
+    assert type(dino.model) is DINOConfig and dino.data == two_stage.data and dino.optim == two_stage.optim
 
 
 def test_tries_never_see_the_validation_images(study, tmp_path):
