@@ -355,11 +355,11 @@ def test_lowers_for_tpus(points, dtype):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("generation", ahead_of_time.TOPOLOGIES)
 def test_compiles_within_vector_memory(generation, dtype):
-    """Forward and backward, two images of 800 x 1333: the compiler refuses what is too much."""
+    """Forward and backward of both, two images of 800 x 1333: the compiler refuses what is too much."""
     pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu: make test-aot")
     ahead_of_time.require_libtpu()
     arguments = projections_bench.abstract_problem(COCO_WIDE, 2, dtype=dtype)
     run = functools.partial(projections_bench.both_passes, COCO_WIDE, 4)
     compiled = ahead_of_time.compile_for(generation, run, *arguments)
     found = ahead_of_time.kernels(compiled, "ms_deform_attn_project_")
-    assert len(found) == 2 and max(kernel.vmem for kernel in found) <= VMEM_MIB[generation] * 2**20
+    assert len(found) == 4 and max(kernel.vmem for kernel in found) <= VMEM_MIB[generation] * 2**20
