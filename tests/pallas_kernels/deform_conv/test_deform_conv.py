@@ -19,6 +19,8 @@ from pallas_kernels.deform_conv import (
     sampling_positions,
 )
 
+pytestmark = pytest.mark.usefixtures("short_loops")
+
 NAMES = ("output", "grad_x", "grad_offsets", "grad_modulation", "grad_kernel")
 KERNEL_CASES = {
     "stride_2": Case(size=(19, 23), channels=20, stride=2, spread=2.0, offset_groups=2),

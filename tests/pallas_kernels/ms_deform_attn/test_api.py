@@ -11,6 +11,8 @@ from ms_deform_attn_cases import assert_close, attend_and_vjp, run
 from pallas_kernels.ms_deform_attn import best_implementation, ms_deform_attn
 from pallas_kernels.ms_deform_attn.shapes import Shape, problem
 
+pytestmark = pytest.mark.usefixtures("short_loops")
+
 TINY = Shape(4, ((2, 3), (1, 1)), 3, heads=2, head_dim=16, points=1)
 HUGE = ((1, 9000), (1, 1))
 AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit

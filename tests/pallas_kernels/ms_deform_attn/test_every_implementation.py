@@ -9,6 +9,8 @@ from ms_deform_attn_cases import assert_close, run
 
 from pallas_kernels.ms_deform_attn.shapes import SMALL, problem
 
+pytestmark = pytest.mark.usefixtures("short_loops")
+
 EDGES = SMALL["odd_decoder"]
 """Sizes of its maps are powers of two: (x + 0.5) / size is exact, so that a point can lie exactly on a pixel center."""
 
