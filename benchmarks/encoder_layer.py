@@ -4,7 +4,7 @@ The layer is that of Deformable DETR (two images of 800 x 1333, bfloat16; forwar
 offsets and weights, softmax, and locations; the output projection, two LayerNorms, two linear layers and three
 dropouts. As the two kernels beside the sampling's (`ms_deform_self_attn`, `feed_forward`), without and with dropout; by
 XLA, without dropout, with ours (bits hashed from the place of each number), and with `flax.nnx.Dropout` (bits of
-`jax.random`). The sampling's own kernels are not in it. Nothing runs; two minutes on two cores. A kernel's cycles are
+`jax.random`). The sampling's own kernels are not in it. Nothing runs; a few minutes on two cores. A kernel's cycles are
 its bundles, those of the projections at least what their traffic with the main memory takes at the chip's peak; XLA's
 are its estimate.
 

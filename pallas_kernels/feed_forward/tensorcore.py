@@ -24,6 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.by_platform import tpu_generation, vmem_bytes
 from pallas_kernels.derivatives import first_order
+from pallas_kernels.dot import dot
 from pallas_kernels.dropout import keep
 from pallas_kernels.over_mesh import Axes, over_mesh
 
@@ -210,13 +211,6 @@ def _tile_rows(a: int, c: int, f: int, itemsize: int) -> int:
     return next((rows for rows in ROWS if fixed + rows * per_row <= 7 * vmem_bytes() // 8), ROWS[-1])
 
 
-def _dot(x: jax.Array, y: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
-    """Product over one axis of each, in float32."""
-    dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    precision = "highest" if x.dtype == jnp.float32 else None
-    return lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
-
-
 class _Tile(NamedTuple):
     """What the forward pass computes of a tile, in the names of the module's docstring."""
 
@@ -253,15 +247,15 @@ def _compute(images, keys, x_ref, sampled_ref, *operands, tokens: int, rate: flo
         return keep(place, (keys[number, 0], keys[number, 1]), rate)
 
     x, sampled = _existing(x_ref, first, tokens, 0), _existing(sampled_ref, first, tokens, 1).astype(dtype)
-    a, keep_a = _dot(sampled, kernel0[...], (0, 0)) + bias0[...], kept(0, c, 0, c)
+    a, keep_a = dot(sampled, kernel0[...], (0, 0)) + bias0[...], kept(0, c, 0, c)
     v_hat, v_factor = _normalize(x + _dropped(a, keep_a, rate))
     v = v_hat * norms[0:1] + norms[1:2]
     z, h = bias2[...], []
     for begin in range(0, f, CHUNK):
         chunk = slice(begin, min(begin + CHUNK, f))
-        part = jnp.maximum(_dot(v.astype(dtype), kernel1[:, chunk]) + bias1[:, chunk], 0)
+        part = jnp.maximum(dot(v.astype(dtype), kernel1[:, chunk]) + bias1[:, chunk], 0)
         h.append(_dropped(part, kept(1, f, chunk.start, chunk.stop), rate).astype(dtype))
-        z = z + _dot(h[-1], kernel2[chunk])
+        z = z + dot(h[-1], kernel2[chunk])
     keep_z = kept(2, c, 0, c)
     w_hat, w_factor = _normalize(v + _dropped(z, keep_z, rate))
     return _Tile(sampled, keep_a, v_hat, v_factor, v.astype(dtype), h, keep_z, w_hat, w_factor)
@@ -322,12 +316,12 @@ def _backward_kernel(images, keys, x_ref, sampled_ref, gradient_ref, *refs, toke
     for number, h in enumerate(tile.h):
         chunk = slice(number * CHUNK, number * CHUNK + h.shape[1])
         # 0 where the result is, after ReLU and dropout, as in `detr_jax.models.layers.relu`.
-        dh = jnp.where(h != 0, _dot(dz_low, kernel2[chunk], (1, 1)) * (1 / (1 - rate)), 0)
+        dh = jnp.where(h != 0, dot(dz_low, kernel2[chunk], (1, 1)) * (1 / (1 - rate)), 0)
         dbias1[0, :, chunk] += dh.sum(0, keepdims=True)
         dh_low = dh.astype(x_ref.dtype)
-        dkernel1[0, :, chunk] += _dot(tile.v, dh_low, (0, 0))
-        dkernel2[0, chunk] += _dot(h, dz_low, (0, 0))
-        dv = dv + _dot(dh_low, kernel1[:, chunk], (1, 1))
+        dkernel1[0, :, chunk] += dot(tile.v, dh_low, (0, 0))
+        dkernel2[0, chunk] += dot(h, dz_low, (0, 0))
+        dv = dv + dot(dh_low, kernel1[:, chunk], (1, 1))
     add(dnorms, slice(0, 1), dv * tile.v_hat)
     add(dnorms, slice(1, 2), dv)
     add(dnorms, slice(2, 3), dy * tile.w_hat)
@@ -338,5 +332,5 @@ def _backward_kernel(images, keys, x_ref, sampled_ref, gradient_ref, *refs, toke
     da = _dropped(du, tile.keep_a, rate)
     add(dbias0, slice(0, 1), da)
     da_low = da.astype(x_ref.dtype)
-    dkernel0[0] += _dot(tile.sampled, da_low)
-    dsampled_ref[0] = _dot(kernel0[...], da_low, (1, 1)).astype(dsampled_ref.dtype)
+    dkernel0[0] += dot(tile.sampled, da_low)
+    dsampled_ref[0] = dot(kernel0[...], da_low, (1, 1)).astype(dsampled_ref.dtype)

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.dot import dot
 from pallas_kernels.ms_deform_attn.tensorcore import drop_outside
-from pallas_kernels.ms_deform_attn.tensorcore_kernels import dot
 
 
 def _softmax(logits):

@@ -10,6 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.dot import dot
 from pallas_kernels.ms_deform_attn.order import TILE, UNIT
 from pallas_kernels.ms_deform_attn.tensorcore_walk import PIXELS, PLACE, Unit, Walk
 
@@ -75,13 +76,6 @@ def _build(matrix_ref, hat_ref, sample_ref, k, unit, points):
         rows.append(functools.reduce(jnp.add, products))
     weights = jnp.concatenate(rows, 0).astype(matrix_ref.dtype)
     matrix_ref[k // 2, pl.ds(k % 2 * PIXELS, PIXELS), :] = weights
-
-
-def dot(a, b, contract: tuple[int, int]):
-    """Product over one axis of each, in float32."""
-    dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _half(left, right):
