@@ -71,7 +71,11 @@ def official(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def our_step(config: DINOConfig, size: tuple[int, int]):
-    """`step(targets, noise)` -> outputs, terms, gradient norms by official names, of random weights; compiled once."""
+    """`step(targets, noise)` -> outputs, terms, gradient norms by official names, of random weights; compiled once.
+
+    The outputs have `top_tokens [b, q]` too, the tokens that became queries, best first. They are those of this very
+    program: another one rounds otherwise, and may rank two tokens of nearly equal score the other way.
+    """
     images, sizes = small_models.padded_batch(*size)
     model = transformers_weights.load(config, transformers_weights.random_weights(config))
     graphdef, params, buffers = split(config, model)
@@ -80,35 +84,23 @@ def our_step(config: DINOConfig, size: tuple[int, int]):
     def step(params, buffers, images, sizes, targets, noise):
         def total(params):
             queries = denoising_queries(targets, Noise(**noise), config)
-            outputs = nnx.merge(graphdef, params, buffers)(images, sizes, denoising=queries)
+            model = nnx.merge(graphdef, params, buffers)
+            outputs, captured = nnx.capture(model, nnx.Intermediate)(images, sizes, denoising=queries)
             value, terms = set_prediction_loss(outputs, targets, LossConfig.dino(), queries)
-            return value, (outputs, terms | {"loss": value})
+            tokens = nnx.to_pure_dict(captured)["proposals"]["top_tokens"] if config.two_stage else None
+            return value, (outputs, terms | {"loss": value}, tokens)
 
-        (_, (outputs, terms)), gradients = jax.value_and_grad(total, has_aux=True)(params)
-        return outputs, terms, gradients
+        (_, (outputs, terms, tokens)), gradients = jax.value_and_grad(total, has_aux=True)(params)
+        return outputs, terms, gradients, tokens
 
     def run(targets, noise):
-        outputs, terms, gradients = jax.device_get(step(params, buffers, images, sizes, targets, noise))
+        outputs, terms, gradients, tokens = jax.device_get(step(params, buffers, images, sizes, targets, noise))
         flat = jax.tree_util.tree_leaves_with_path(gradients)
         by_name = {".".join(str(part.key) for part in path): value for path, value in flat}
         norms = {name: np.linalg.norm(value) for name, value in official(by_name).items()}
-        return _stacked(outputs), {name: float(value) for name, value in terms.items()}, norms
+        return _stacked(outputs) | {"top_tokens": tokens}, {name: float(x) for name, x in terms.items()}, norms
 
     return run
-
-
-def our_tokens(config: DINOConfig, size: tuple[int, int]) -> np.ndarray:
-    """The tokens that become queries, best first, `[b, q]`, of random weights."""
-    images, sizes = small_models.padded_batch(*size)
-    model = transformers_weights.load(config, transformers_weights.random_weights(config))
-    graphdef, state = nnx.split(model)
-
-    @jax.jit
-    def look(state):
-        _, captured = nnx.capture(nnx.merge(graphdef, state), nnx.Intermediate)(images, sizes)
-        return nnx.to_pure_dict(captured)["proposals"]["top_tokens"]
-
-    return np.asarray(look(state))
 
 
 def _stacked(outputs) -> dict[str, np.ndarray]:
