@@ -41,8 +41,8 @@ def compile_buckets(
     *,
     interrupted: Callable[[], bool] = lambda: False,
     report: bool = True,
-) -> dict[tuple[str, Bucket], Any]:
-    """Compiles programs side by side.
+) -> Callable[[], dict[tuple[str, Bucket], Any]]:
+    """Begins to compile programs side by side.
 
     Args:
         programs: by name and bucket, functions that lower a program: `lambda: step.lower(...)`.
@@ -51,11 +51,10 @@ def compile_buckets(
         report: print a line per program.
 
     Returns:
-        The compiled programs, by the same keys.
+        A function that waits for all of them and returns the compiled programs, by the same keys. It raises
 
-    Raises:
-        UserError: a program does not fit into the devices' memory; says what to change.
-        Interrupted: `interrupted()` became true. The compiler cannot be stopped: its threads end with the process.
+        - UserError: a program does not fit into the devices' memory; says what to change.
+        - Interrupted: `interrupted()` became true. The compiler cannot be stopped: its threads end with the process.
     """
     todo: queue.SimpleQueue[tuple[tuple[str, Bucket], Callable[[], Any]]] = queue.SimpleQueue()
     done: queue.SimpleQueue[tuple[tuple[str, Bucket], Any, float]] = queue.SimpleQueue()
@@ -78,25 +77,29 @@ def compile_buckets(
 
     for _ in range(min(len(programs), os.cpu_count() or 1, 8)):
         threading.Thread(target=work, name="compile", daemon=True).start()
-    compiled = {}
-    for number in range(1, len(programs) + 1):
-        key, program, seconds = wait_for(
-            lambda wait: done.get(timeout=wait), lambda: "the compiler", float("inf"), interrupted
-        )
-        name, (height, width) = key
-        if isinstance(program, Exception):
-            if missing := missing_memory(program):
-                raise UserError(
-                    f"{name} {height}x{width} does not fit into a device's memory: {missing}. Take a smaller "
-                    "--train.batch-size, --train.accumulate 2, --model.dtype bfloat16 or --model.remat layers "
-                    "(docs/training.md, 'Memory and batch size'); detr-jax plan tries them without the devices"
-                ) from program
-            raise program
-        compiled[key] = program
-        if report:
-            line = f"compiled {number}/{len(programs)}  {name} {height}x{width}  {seconds:.1f} s"
-            print(f"{line}  {describe_memory(program)}", flush=True)
-    return compiled
+
+    def wait() -> dict[tuple[str, Bucket], Any]:
+        compiled = {}
+        for number in range(1, len(programs) + 1):
+            key, program, seconds = wait_for(
+                lambda wait: done.get(timeout=wait), lambda: "the compiler", float("inf"), interrupted
+            )
+            name, (height, width) = key
+            if isinstance(program, Exception):
+                if missing := missing_memory(program):
+                    raise UserError(
+                        f"{name} {height}x{width} does not fit into a device's memory: {missing}. Take a smaller "
+                        "--train.batch-size, --train.accumulate 2, --model.dtype bfloat16 or --model.remat layers "
+                        "(docs/training.md, 'Memory and batch size'); detr-jax plan tries them without the devices"
+                    ) from program
+                raise program
+            compiled[key] = program
+            if report:
+                line = f"compiled {number}/{len(programs)}  {name} {height}x{width}  {seconds:.1f} s"
+                print(f"{line}  {describe_memory(program)}", flush=True)
+        return compiled
+
+    return wait
 
 
 def missing_memory(error: Exception) -> str:

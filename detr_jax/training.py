@@ -19,7 +19,6 @@ from detr_jax import compilation, processes, resuming, run_folder, sharding, sta
 from detr_jax.categories import Categories
 from detr_jax.checkpoints import describe_run, store
 from detr_jax.config import Config, OptimConfig
-from detr_jax.curves import plot_curves
 from detr_jax.data.index import DatasetIndex
 from detr_jax.data.pipeline import batches
 from detr_jax.data.sampler import EvalSampler, TrainSampler
@@ -126,6 +125,8 @@ def train(config: Config) -> Scores | None:
         except Interrupted:
             return None
     if jax.process_index() == 0:
+        from detr_jax.curves import plot_curves  # matplotlib takes half a second to import
+
         figure = plot_curves(output_dir / "metrics.jsonl")
         with (output_dir / "curves.png").open("wb") as file:
             figure.savefig(file, format="png")
@@ -143,11 +144,14 @@ def train_steps(run: Run, profile: range, interrupted: Callable[[], bool]) -> Sc
         Others: as `train`.
     """
     config, metadata = run.config, describe_run(run.config, run.categories) | {"data": run.fingerprints}
-    start, saved, graphdef, state = start_or_resume(run, metadata, interrupted)
+    start, saved = find_start(run, metadata, interrupted)
+    graphdef, shapes = abstract_state(config, run.optimizer, run.mesh)
+    compiled = compile_steps(run, graphdef, shapes, start, interrupted)  # while the state is read or computed
+    state = make_state(run, shapes, start, interrupted)
     done = start
     if jax.process_index() == 0:
         print(summary(run, state, done), flush=True)
-    train_step, detect = compile_steps(run, graphdef, state, done, interrupted)
+    train_step, detect = compiled()
     learning_rate = schedule(config.optim, run.total_steps)
     aps = {int(step): ap for step, ap in saved.get("aps", {}).items()}
     scores = Scores.from_dict(saved["scores"]) if saved.get("scores") else None
@@ -262,55 +266,55 @@ def lock(run: Run) -> Iterator[None]:
         yield
 
 
-def start_or_resume(
-    run: Run, metadata: Mapping[str, Any], interrupted: Callable[[], bool]
-) -> tuple[int, dict[str, Any], Model, State]:
-    """Finished steps, what was saved with them, model and state: of a checkpoint in `train.output_dir`, else new."""
-    start, timeout = 0, run.config.train.storage_timeout
+def find_start(run: Run, metadata: Mapping[str, Any], interrupted: Callable[[], bool]) -> tuple[int, dict[str, Any]]:
+    """Finished steps, and what was saved with them, of the checkpoint in `train.output_dir` to go on from; else 0."""
+    start = 0
     with processes.all_or_none():
         if jax.process_index() == 0:
             start = stall.call(
                 lambda: resuming.choose_checkpoint(run.output_dir, run.config.train.resume_from),
                 lambda: f"the checkpoints in {run.output_dir}",
-                timeout,
+                run.config.train.storage_timeout,
                 interrupted,
             )
     start = int(processes.share(str(start))[0])
     if not start:
-
-        def initialize() -> tuple[Model, State]:
-            with jax.set_mesh(run.mesh):
-                return init_state(run.config, run.optimizer, run.mesh, run.categories)
-
-        with processes.all_or_none():
-            return 0, {}, *stall.call(initialize, lambda: "the first parameters", float("inf"), interrupted)
+        return 0, {}
     saved = store.read_metadata(str(run.output_dir), start)
     with processes.all_or_none():
         changed = resuming.check(run.output_dir, saved, metadata)
     if changed and jax.process_index() == 0:
         print("\n".join(changed), flush=True)
-    graphdef, shapes = abstract_state(run.config, run.optimizer, run.mesh)
+    return start, saved
+
+
+def make_state(run: Run, shapes: State, start: int, interrupted: Callable[[], bool]) -> State:
+    """The state of `shapes` after `start` steps: read from that checkpoint, or computed for a new run."""
+
+    def initialize() -> State:
+        with jax.set_mesh(run.mesh):
+            return init_state(run.config, run.optimizer, run.mesh, run.categories)[1]
+
+    def restore() -> State:
+        return store.restore(str(run.output_dir), shapes, start, verify=False)
+
     with processes.all_or_none():
-        state = stall.call(
-            lambda: store.restore(str(run.output_dir), shapes, start, verify=False),
-            lambda: f"the checkpoint of step {start} in {run.output_dir}",
-            timeout,
-            interrupted,
-        )
-    return start, saved, graphdef, state
+        if not start:
+            return stall.call(initialize, lambda: "the first parameters", float("inf"), interrupted)
+        where = f"the checkpoint of step {start} in {run.output_dir}"
+        return stall.call(restore, lambda: where, run.config.train.storage_timeout, interrupted)
 
 
 def compile_steps(
     run: Run, graphdef: Model, state: State, done: int, interrupted: Callable[[], bool]
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The training step and the detection step, compiled for all buckets that the run needs."""
+) -> Callable[[], tuple[Callable[..., Any], Callable[..., Any]]]:
+    """Begins to compile the training step and the detection step for all buckets that the run needs.
+
+    Returns:
+        A function that waits for the two, and returns them.
+    """
     train_step: Any = make_train_step(run.config, graphdef, run.optimizer, run.sampler)
     detect: Any = make_detect_step(run.config, graphdef, run.eval_sampler)
-
-    def shapes(tree):
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
-
-    state = shapes(state)
     programs: dict[tuple[str, compilation.Bucket], Callable[[], Any]] = {}
     if done < run.last_step:
         batch = abstract_batch(run.sampler, run.mesh, left_out=("image_id",))
@@ -321,15 +325,18 @@ def compile_steps(
         params = state.get("ema", state["params"])
         for bucket in run.eval_sampler.buckets:
             programs["detect", bucket] = functools.partial(detect.lower, params, state["buffers"], batch, bucket=bucket)
-    with processes.all_or_none():
-        compiled = compilation.compile_buckets(
-            programs, run.mesh, interrupted=interrupted, report=jax.process_index() == 0
-        )
+    wait = compilation.compile_buckets(programs, run.mesh, interrupted=interrupted, report=jax.process_index() == 0)
 
-    def choose(name):
-        return lambda *args, bucket: compiled[name, bucket](*args)
+    def compiled() -> tuple[Callable[..., Any], Callable[..., Any]]:
+        with processes.all_or_none():
+            by_bucket = wait()
 
-    return choose("train"), choose("detect")
+        def choose(name):
+            return lambda *args, bucket: by_bucket[name, bucket](*args)
+
+        return choose("train"), choose("detect")
+
+    return compiled
 
 
 def draw_results(run: Run, results: Sequence[Mapping[str, Any]], interrupted: Callable[[], bool]) -> None:

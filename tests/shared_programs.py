@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from matplotlib.figure import Figure
 
-from detr_jax import train_step, training
+from detr_jax import curves, train_step, training
 
 
 @contextlib.contextmanager
@@ -55,8 +55,9 @@ def shared() -> Iterator[None]:
 
     def compile_steps(run, graphdef, state, done, interrupted):
         del done  # a run that starts at 0 needs all of what one that goes on needs
-        make = lambda: original_compile(run, graphdef, state, 0, interrupted)  # noqa: E731
-        return once("steps", run.config, run.total_steps, run.mesh, make)
+        make = lambda: original_compile(run, graphdef, state, 0, interrupted)()  # noqa: E731
+        steps = once("steps", run.config, run.total_steps, run.mesh, make)
+        return lambda: steps
 
     original_optimizer, original_init = training.make_optimizer, train_step.init_state
     original_abstract, original_compile = train_step.abstract_state, training.compile_steps
@@ -65,6 +66,6 @@ def shared() -> Iterator[None]:
         mock.patch.object(training, "init_state", init_state),
         mock.patch.object(training, "abstract_state", abstract_state),
         mock.patch.object(training, "compile_steps", compile_steps),
-        mock.patch.object(training, "plot_curves", lambda *args: Figure()),
+        mock.patch.object(curves, "plot_curves", lambda *args: Figure()),
     ):
         yield

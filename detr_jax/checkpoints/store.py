@@ -258,8 +258,11 @@ def read_metadata(directory: str, step: Step = "latest") -> dict[str, Any]:
     """
     path = _find(directory, step)
     saved = ocp.checkpointables_metadata(path)
+    ours = saved.custom_metadata
+    if not isinstance(ours, dict) or "step" not in ours:
+        raise UserError(f"{path} holds no metadata of detr_jax: it is damaged, or another program saved it")
     entries = sorted(set(saved.metadata) - {"metrics"})
-    return {**_metadata(path), "entries": entries, "AP": _ap(path), "scores": read_scores(path)}
+    return {**ours, "entries": entries, "AP": _ap(path), "scores": read_scores(path)}
 
 
 def restore(
@@ -370,13 +373,6 @@ def _find(directory: str, step: Step) -> epath.Path:
         there = f"it holds {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}" if names else "it is empty"
     wanted = f"of step {step} " if isinstance(step, int) else f"({step}) "
     raise NotFoundError(f"no checkpoint {wanted}in {root}: {there}")
-
-
-def _metadata(path: epath.Path) -> dict[str, Any]:
-    metadata = ocp.checkpointables_metadata(path).custom_metadata
-    if not isinstance(metadata, dict) or "step" not in metadata:
-        raise UserError(f"{path} holds no metadata of detr_jax: it is damaged, or another program saved it")
-    return metadata
 
 
 def read_scores(step_folder: epath.Path) -> dict[str, float] | None:

@@ -256,7 +256,7 @@ def test_a_step_that_needs_too_much_memory_says_what_to_change():
 
     def compile_one(message):
         programs = {("train", (800, 1344)): lambda: Lowered(message)}
-        return compilation.compile_buckets(programs, jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]))
+        return compilation.compile_buckets(programs, jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]))()
 
     tpu = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Used 18.06G of 15.75G hbm. Exceeded hbm capacity"
     cure = r"Take a smaller --train\.batch-size, .*--model\.remat layers"
@@ -271,7 +271,7 @@ def test_a_compiled_program_says_its_memory(capsys):
     for donated, total in ((), "2.00"), ((0,), "1.00"):
         add = jax.jit(lambda x: x + 1, donate_argnums=donated)
         lower = functools.partial(add.lower, jax.ShapeDtypeStruct((2**28,), np.float32))
-        compilation.compile_buckets({("train", (64, 85)): lower}, mesh)
+        compilation.compile_buckets({("train", (64, 85)): lower}, mesh)()
         said = capsys.readouterr().out
         assert re.fullmatch(rf"compiled 1/1  train 64x85  [\d.]+ s  {total} GiB per device\n", said)
 
