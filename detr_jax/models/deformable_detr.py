@@ -25,7 +25,7 @@ from detr_jax.models.layers import (
     recompute,
 )
 from detr_jax.models.padding import valid_cells, valid_nearest, zero_padding
-from detr_jax.models.position import sine_boxes, sine_map
+from detr_jax.models.position import map_angles, sine_2d, sine_boxes
 from detr_jax.models.resnet import ResNet
 
 
@@ -106,6 +106,7 @@ class MultiScaleEncoder(nnx.Module):
     def __init__(self, config: DeformableDETRConfig, *, rngs: nnx.Rngs):
         c = config.hidden_dim
         self.config = config
+        self.half_pixel, self.temperature = True, 10000.0  # of the position encoding
         self.backbone = ResNet(config.backbone, remat=config.remat == "all", dtype=config.dtype, rngs=rngs)
         self.input_proj = nnx.List(
             InputProjection(n_in, config, size=size, stride=stride, rngs=rngs)
@@ -113,10 +114,6 @@ class MultiScaleEncoder(nnx.Module):
         )
         self.level_embed = nnx.Param(jax.random.normal(rngs.params(), (config.num_levels, c)))
         self.encoder = nnx.List(EncoderLayer(config, rngs=rngs) for _ in range(config.encoder_layers))
-
-    def position_map(self, valid: jax.Array) -> jax.Array:
-        """Position encoding of a level, `[b, h, w]` -> `[b, h, w, c]`."""
-        return sine_map(valid, self.config.hidden_dim, half_pixel=True)
 
     @jax.named_scope("encoder")
     def encode(
@@ -128,33 +125,35 @@ class MultiScaleEncoder(nnx.Module):
             The encoder's tokens; which of them see the image, as a map `[b, h, w]` of each level; and the share of each
             level's map (x, y) that the image fills, `[b, l, 2]`.
         """
-        features, position, valid_maps = self.levels(images, sizes)
+        features, valid_maps = self.levels(images, sizes)
         spatial_shapes = shapes(valid_maps)
         valid = jnp.concatenate([v.reshape(len(v), -1) for v in valid_maps], 1)
+        angles = [map_angles(v, half_pixel=self.half_pixel).reshape(len(v), -1, 2) for v in valid_maps]
         valid_ratios = jnp.stack([jnp.stack([v[:, 0].mean(-1), v[:, :, 0].mean(-1)], -1) for v in valid_maps], 1)
         centers = jnp.concatenate([cell_boxes(v, 0.0)[..., :2] for v in valid_maps], 1)
         # On TPUs, tokens that are neighbors on the map are kept together from here to the decoder.
         order = token_order(self.config.implementation, spatial_shapes, self.config.encoder_points)
         tokens = Tokens(features, valid, spatial_shapes, order)
         tokens = dataclasses.replace(tokens, features=tokens.arrange(features), valid=tokens.arrange(valid))
-        # Added in the tokens' order, in which its gradient, a sum over each level, needs no arranging.
+        # Both made in the tokens' order: only angles are arranged, and no gradient is, which is a sum over each level.
         lengths, embed = tokens.level_lengths, self.level_embed[...]
         level_embed = [jnp.broadcast_to(z, (n, len(z))) for z, n in zip(embed, lengths, strict=True)]
-        position = (tokens.arrange(position) + jnp.concatenate(level_embed)).astype(features.dtype)
+        position = sine_2d(tokens.arrange(jnp.concatenate(angles, 1)), self.config.hidden_dim, self.temperature)
+        position = (position + jnp.concatenate(level_embed)).astype(features.dtype)
         reference_points = tokens.arrange(centers)[:, :, None] * valid_ratios[:, None]
         for layer in self.encoder:
             tokens = recompute(self.config.remat != "none", layer, tokens, position, reference_points, rngs)
         return tokens, valid_maps, valid_ratios
 
-    def levels(self, images: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
-        """Tokens and their place in the map, encoded, both `[b, s, c]`, and each level's valid map `[b, h, w]`."""
+    def levels(self, images: jax.Array, sizes: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        """Tokens `[b, s, c]`, and each level's valid map `[b, h, w]`."""
         config = self.config
         mask = config.backbone.mask_padding
         maps = self.backbone(images, sizes)
         stride = 16 if config.backbone.dilation else 32
         maps = maps[-config.feature_maps :]
         strides = [4, 8, 16, stride][-len(maps) :]
-        tokens, positions, valid_maps = [], [], []
+        tokens, valid_maps = [], []
         source = maps[-1]
         for i, projection in enumerate(self.input_proj):
             if i < len(maps):
@@ -165,11 +164,10 @@ class MultiScaleEncoder(nnx.Module):
             valid = valid_cells(sizes, shape, stride) if mask else valid_nearest(sizes, images.shape[1:3], shape)
             features = projection(source, valid if mask else None)
             tokens.append(features.reshape(len(images), -1, config.hidden_dim))
-            positions.append(self.position_map(valid).reshape(tokens[-1].shape).astype(features.dtype))
             valid_maps.append(valid)
             if i >= len(maps):
                 source = zero_padding(features, valid) if mask else features
-        return jnp.concatenate(tokens, 1), jnp.concatenate(positions, 1), valid_maps
+        return jnp.concatenate(tokens, 1), valid_maps
 
 
 class DeformableDETR(MultiScaleEncoder):

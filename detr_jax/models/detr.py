@@ -9,7 +9,7 @@ from detr_jax.models.attention import MultiHeadAttention
 from detr_jax.models.feed_forward import FeedForward
 from detr_jax.models.layers import MLP, Dropout, capture, layer_norm, linear, recompute
 from detr_jax.models.padding import valid_cells, valid_nearest
-from detr_jax.models.position import LearnedMap, sine_map
+from detr_jax.models.position import LearnedMap, map_angles, sine_2d
 from detr_jax.models.resnet import ResNet
 
 
@@ -125,7 +125,10 @@ class DETR(nnx.Module):
             valid = valid_cells(sizes, (h, w), 16 if self.config.backbone.dilation else 32)
         else:
             valid = valid_nearest(sizes, images.shape[1:3], (h, w))
-        position = self.position(valid) if self.position else sine_map(valid, self.config.hidden_dim, half_pixel=False)
+        if self.position:
+            position = self.position(valid)
+        else:
+            position = sine_2d(map_angles(valid, half_pixel=False), self.config.hidden_dim)
         position = position.reshape(b, h * w, -1).astype(features.dtype)
 
         memory = self.input_proj(features).reshape(b, h * w, -1)

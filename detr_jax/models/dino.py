@@ -19,7 +19,7 @@ from detr_jax.models.deformable_detr import (
     token_anchors,
 )
 from detr_jax.models.layers import MLP, capture, inverse_sigmoid, layer_norm, linear, recompute
-from detr_jax.models.position import sine_boxes, sine_map
+from detr_jax.models.position import sine_boxes
 
 # Boxes nearer to 0 or 1 than this count as this near, wherever a logit of a box is taken (Deformable DETR: 1e-5).
 EPSILON = 1e-3
@@ -61,6 +61,7 @@ class DINO(MultiScaleEncoder):
 
     def __init__(self, config: DINOConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
+        self.half_pixel, self.temperature = config.half_pixel, config.position_temperature
         c = config.hidden_dim
         self.decoder = nnx.List(DecoderLayer(config, rngs=rngs) for _ in range(config.decoder_layers))
         self.decoder_norm = layer_norm(c, dtype=config.dtype, rngs=rngs)
@@ -84,11 +85,6 @@ class DINO(MultiScaleEncoder):
         )
         self.class_embed = nnx.List(nnx.clone(first_class) for _ in range(heads))
         self.bbox_embed = nnx.List(nnx.clone(first_box) for _ in range(heads))
-
-    def position_map(self, valid: jax.Array) -> jax.Array:
-        config = self.config
-        assert isinstance(config, DINOConfig)
-        return sine_map(valid, config.hidden_dim, half_pixel=config.half_pixel, temperature=config.position_temperature)
 
     def __call__(
         self,

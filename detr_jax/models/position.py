@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from detr_jax.errors import UserError
@@ -11,16 +12,16 @@ from detr_jax.errors import UserError
 
 def sine(x: jax.Array, features: int, temperature: float = 10000.0) -> jax.Array:
     """Sine and cosine pairs of `x` (radians): `[...]` -> `[..., features]`."""
-    frequency = temperature ** (-2 * (jnp.arange(features // 2, dtype=jnp.float32)) / features)
-    angle = x[..., None] * frequency
-    return jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1).reshape(*x.shape, features)
+    pair, odd = np.divmod(np.arange(features), 2)
+    frequency = (temperature ** (-2 * pair / features)).astype(np.float32)
+    # A cosine is a sine a quarter turn later. Stacked pairs would have to be interleaved, which a TPU does slowly.
+    return jnp.sin(x[..., None] * frequency + (math.pi / 2 * odd).astype(np.float32))
 
 
-def sine_map(valid: jax.Array, features: int, *, half_pixel: bool, temperature: float = 10000.0) -> jax.Array:
-    """2-d sine encoding over the valid part of a map: `valid [b, h, w]` -> `[b, h, w, features]`, y first.
+def map_angles(valid: jax.Array, *, half_pixel: bool) -> jax.Array:
+    """Where cells are in the valid part of a map: `valid [b, h, w]` -> (y, x) `[b, h, w, 2]`, 0 to 2 pi.
 
-    `half_pixel` takes pixel centers before normalizing, as Deformable DETR does, and DETR and DINO do not. DINO's
-    `temperature` is 20.
+    `half_pixel` takes pixel centers before normalizing, as Deformable DETR does, and DETR and DINO do not.
     """
 
     def axis(dim):
@@ -28,7 +29,12 @@ def sine_map(valid: jax.Array, features: int, *, half_pixel: bool, temperature: 
         last = jax.lax.slice_in_dim(position, -1, None, axis=dim)
         return (position - 0.5 * half_pixel) / (last + 1e-6) * 2 * math.pi
 
-    return jnp.concatenate([sine(axis(dim), features // 2, temperature) for dim in (1, 2)], -1)
+    return jnp.stack([axis(1), axis(2)], -1)
+
+
+def sine_2d(angles: jax.Array, features: int, temperature: float = 10000.0) -> jax.Array:
+    """2-d sine encoding of `map_angles`: `[..., 2]` -> `[..., features]`, y first. DINO's `temperature` is 20."""
+    return jnp.concatenate([sine(angles[..., i], features // 2, temperature) for i in range(2)], -1)
 
 
 def sine_boxes(boxes: jax.Array, features: int) -> jax.Array:

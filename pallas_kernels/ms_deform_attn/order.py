@@ -6,7 +6,6 @@ tokens once, works on them in this order (the padding counts as invalid) and per
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import jax
@@ -54,10 +53,10 @@ class BlockOrder:
     def to_blocks(self, x: jax.Array) -> jax.Array:
         """`[b, s, ...]`, levels one after another, row by row -> `[b, length, ...]`, zero in the padding."""
         b, _, *rest = x.shape
-        blocks, start = [], 0
-        for (height, width), (rows, columns) in zip(self.spatial_shapes, self.grids, strict=True):
-            level = x[:, start : start + height * width].reshape(b, height, width, *rest)
-            start += height * width
+        blocks = []
+        levels = _split(x, [height * width for height, width in self.spatial_shapes])
+        for level, (height, width), (rows, columns) in zip(levels, self.spatial_shapes, self.grids, strict=True):
+            level = level.reshape(b, height, width, *rest)
             padding = ((0, rows * UNIT - height), (0, columns * UNIT - width))
             level = jnp.pad(level, ((0, 0), *padding, *((0, 0) for _ in rest)))
             level = level.reshape(b, rows, UNIT, columns, UNIT, *rest).swapaxes(2, 3)
@@ -67,14 +66,18 @@ class BlockOrder:
     def from_blocks(self, x: jax.Array) -> jax.Array:
         """Undoes `to_blocks`: `[b, length, ...]` -> `[b, s, ...]`."""
         b, _, *rest = x.shape
-        levels, start = [], 0
-        for (height, width), (rows, columns) in zip(self.spatial_shapes, self.grids, strict=True):
-            tokens = math.prod((rows, columns, UNIT, UNIT))
-            level = x[:, start : start + tokens].reshape(b, rows, columns, UNIT, UNIT, *rest).swapaxes(2, 3)
-            start += tokens
+        levels = []
+        blocks = _split(x, self.level_lengths)
+        for level, (height, width), (rows, columns) in zip(blocks, self.spatial_shapes, self.grids, strict=True):
+            level = level.reshape(b, rows, columns, UNIT, UNIT, *rest).swapaxes(2, 3)
             level = level.reshape(b, rows * UNIT, columns * UNIT, *rest)[:, :height, :width]
             levels.append(level.reshape(b, height * width, *rest))
         return jnp.concatenate(levels, 1)
+
+
+def _split(x: jax.Array, lengths: Sequence[int]) -> list[jax.Array]:
+    """Levels of tokens. The gradient of a split is a concatenation; that of slices would be a sum of padded arrays."""
+    return jax.lax.split(x, lengths, axis=1)
 
 
 def block_order(spatial_shapes: Sequence[tuple[int, int]]) -> BlockOrder:
