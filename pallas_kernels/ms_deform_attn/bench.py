@@ -199,7 +199,11 @@ def print_static(shape: Shape, dtype: jnp.dtype, generations: list[str], impleme
         "units of 8 x 8 pixels that a tile of 128 queries and a head visit, and iterations of the kernels' inner loops:"
     )
     for spread, count in units.items():
-        loops = ", ".join(f"{iterations(count, name)} {name} (of {unroll} units)" for name, unroll in UNROLL.items())
+        loops = ", ".join(
+            f"{whole} {name} (of {unroll} units)" + (f" and {rest} of half of it" if rest else "")
+            for name, unroll in UNROLL.items()
+            for whole, rest in [iterations(count, name)]
+        )
         print(f"  offsets spread {spread:g} px: {count.mean():6.1f} units; {loops}")
     print("\nassumed clocks in GHz: " + ", ".join(f"{k} {ahead_of_time.CLOCK_GHZ[k]}" for k in generations))
     print("XLA: its estimate in Mcycles; gathers: bundles of gathers and scatters in millions; kernel: bundles in")
@@ -279,9 +283,15 @@ def layer_bundles(shape: Shape, generation: str, implementation: str, spread: fl
     return sum(cost.gathers for cost, _ in costs.values()), kernels
 
 
-def iterations(units: np.ndarray, part: str) -> int:
-    """Of the inner loop of the kernel of a pass (`forward`, `backward`), for all tiles."""
-    return int((-(-units // UNROLL[part])).sum())
+def iterations(units: np.ndarray, part: str) -> tuple[int, int]:
+    """Of the inner loop of the kernel of a pass (`forward`, `backward`), for all tiles, and of the one for the rest.
+
+    Backward, a tile's last units have a loop of half the length where they fit into it (`Walk.rest`).
+    """
+    unroll = UNROLL[part]
+    rest = unroll // 4 * 2 if part == "backward" else 0
+    whole = (units + unroll - 1 - rest) // unroll
+    return int(whole.sum()), int((units > whole * unroll).sum())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,6 +300,8 @@ class Count:
 
     iteration: int
     """In the innermost loop."""
+    rest: int
+    """In the one after it, for what is left."""
     tile: int
     """Around it, in the loop over tiles."""
     head: int
@@ -315,10 +327,16 @@ class Count:
             return any(bundle.depth > 2 for bundle in loops[i]), trips[i] is None, len(loops[i])
 
         over_tiles = loops[max(range(len(loops)), key=rank)]
-        iteration = sum(bundle.depth > 2 for bundle in over_tiles)
+        inner: list[int] = []
+        for bundle in over_tiles:
+            if bundle.depth > 2:
+                inner += [0] * (bundle.begins or not inner)
+                inner[-1] += 1
+        iteration, rest = [*inner, 0, 0][:2]
         return cls(
             iteration=iteration,
-            tile=len(over_tiles) - iteration,
+            rest=rest,
+            tile=len(over_tiles) - iteration - rest,
             head=sum(
                 len(loop) * count for loop, count in zip(loops, trips, strict=True) if count and loop is not over_tiles
             ),
@@ -329,7 +347,9 @@ class Count:
         """For the pass of a problem whose tiles visit so many units (`visits`)."""
         heads = shape.batch * shape.heads
         steps = heads * -(-units.shape[-1] // TILES)
-        return self.iteration * iterations(units, part) + self.tile * units.size + self.head * heads + self.step * steps
+        whole, rest = iterations(units, part)
+        loops = self.iteration * whole + self.rest * rest
+        return loops + self.tile * units.size + self.head * heads + self.step * steps
 
 
 if __name__ == "__main__":

@@ -200,7 +200,9 @@ def backward_kernel(
         lax.fori_loop(0, grad_value_ref.shape[3] // TILE, start, 0)
 
     def tile(t, _):
-        walk = Walk(place_ref, walk_ref, t, bands=bands, units=unit_ref.shape[0], unroll=hat_ref.shape[0])
+        unroll = hat_ref.shape[0]
+        half = unroll // 4 * 2  # pairs of units
+        walk = Walk(place_ref, walk_ref, t, bands=bands, units=unit_ref.shape[0], unroll=unroll, rest=half)
         lanes = _lanes(t)
         gradient = gradient_ref[0, 0, :, lanes].astype(value_ref.dtype)
         x, y, weight = x_ref[0, 0, :, lanes], y_ref[0, 0, :, lanes], weight_ref[0, 0, :, lanes]
@@ -228,9 +230,8 @@ def backward_kernel(
             upper, lower = jnp.where(ones, odd, even), jnp.where(ones, after, odd)
             return [jnp.where(holder == unit, z, 0) for holder, z in zip(holders, (upper, lower), strict=True)]
 
-        def iteration(_, carry):
-            units, state = carry
-            for pair in range(matrix_ref.shape[0]):
+        def visit(units):
+            for pair in range(len(units) // 2):
                 numbers = [unit.number for unit in units[2 * pair : 2 * pair + 2]]
                 pixels = [pixel_ref[pl.ds(pl.multiple_of(unit * PIXELS, PIXELS), PIXELS), :] for unit in numbers]
                 products = dot(jnp.concatenate(pixels, 0), gradient, (1, 0))  # G, [128 pixels, 128 queries]
@@ -251,9 +252,18 @@ def backward_kernel(
                 grad_pixels = dot(gradient, matrix_ref[pair], (1, 1))  # [d, 128 pixels]
                 unit_ref[numbers[0]] += _half(grad_pixels, jnp.zeros_like(grad_pixels))
                 unit_ref[numbers[1]] += _half(jnp.zeros_like(grad_pixels), grad_pixels)
+
+        def iteration(_, carry):
+            units, state = carry
+            visit(units)
             return walk.take(state)
 
-        lax.fori_loop(0, walk.iterations, iteration, walk.take(walk.start()))
+        def rest(_, units):
+            visit(units[:half])
+            return units
+
+        units, _ = lax.fori_loop(0, walk.iterations, iteration, walk.take(walk.start()))
+        lax.fori_loop(0, walk.rest, rest, units)
         # The left pixel is in column `column % 8`, the right one in another: strided loads, of all samples at once.
         pixels = [[jnp.zeros_like(x)] * 2 for _ in range(2)]
         for lower, sides in enumerate(pixels):

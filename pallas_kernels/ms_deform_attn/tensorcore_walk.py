@@ -155,12 +155,15 @@ class Walk:
         bands: of the part.
         units: of the part.
         unroll: units of an iteration.
+        rest: where so many or fewer are left for the last one, `self.rest` is 1 and not in `self.iterations`.
     """
 
-    def __init__(self, place_ref, walk_ref, tile, *, bands, units, unroll):
+    def __init__(self, place_ref, walk_ref, tile, *, bands, units, unroll, rest=0):
         self.place_ref, self.bands, self.last, self.unroll = place_ref, bands, units - 1, unroll
         self.walk_ref, self.offset = walk_ref, tile * (2 * bands + 4)
-        self.iterations = lax.div(self._word(2 * bands + 3) + unroll - 1, unroll)
+        count = self._word(2 * bands + 3)
+        self.iterations = lax.div(count + unroll - 1 - rest, unroll)
+        self.rest = (count > self.iterations * unroll).astype(jnp.int32)
 
     def _word(self, index):
         return self.walk_ref[0, 0, 0, 0, self.offset + index]

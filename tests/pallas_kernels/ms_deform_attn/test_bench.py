@@ -28,14 +28,15 @@ KERNEL = """\
    0x7   :  {}
    0x8   : >>> { %7 = vld }
    0x9 PF: >> { %8 = vld }
-   0xa LB: >> { %9 = vld }
-   0xb   : > { %p10 = scmp.ge.s32.totalorder %s9, 2 /* loop exit test */ }
+   0xa LB: >>> { %9 = vld }
+   0xb LB: >> { %10 = vld }
+   0xc   : > { %p11 = scmp.ge.s32.totalorder %s10, 2 /* loop exit test */ }
 """
-COUNT = bench.Count(iteration=3, tile=2, head=2 * 7, step=3)
+COUNT = bench.Count(iteration=3, rest=1, tile=2, head=2 * 7, step=3)
 
 
 def test_bundles_of_a_kernel_by_loop(tmp_path):
-    """Constant loops run once a head, the longest other one goes over tiles, what is in it over iterations."""
+    """Constant loops run once a head, the longest other one over tiles; in it, iterations, and those of the rest."""
     (tmp_path / "18-my_kernel.1-01-final_bundles.txt").write_text(KERNEL)
     assert bench.Count.of(ahead_of_time.bundles(tmp_path, "my_kernel.1")) == COUNT
 
@@ -69,9 +70,9 @@ def test_visits_follow_the_spread(monkeypatch):
     assert 1 < means[0] < means[1] < means[2]
     assert max(z.max() for z in units) <= block_order(SMALL["odd_encoder"].spatial_shapes).length // 64
     monkeypatch.setattr(bench, "UNROLL", {"forward": 4, "backward": 8})
-    visited = np.array([[[0, 1, 4, 5]]])
-    assert bench.iterations(visited, "forward") == 4  # of four units each
-    assert bench.iterations(visited, "backward") == 3  # of eight
+    visited = np.array([[[0, 1, 4, 5, 8, 9, 13]]])
+    assert bench.iterations(visited, "forward") == (1 + 1 + 2 + 2 + 3 + 4, 0)  # of four units each
+    assert bench.iterations(visited, "backward") == (1 + 1 + 1 + 2, 3)  # of eight; of four after none, none and one
 
 
 def need_libtpu():
