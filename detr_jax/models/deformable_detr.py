@@ -26,6 +26,7 @@ from detr_jax.models.layers import (
 )
 from detr_jax.models.padding import valid_cells, valid_nearest, zero_padding
 from detr_jax.models.position import map_angles, sine_2d, sine_boxes
+from detr_jax.models.query_order import arrange, nearby_first, restore
 from detr_jax.models.resnet import ResNet
 
 
@@ -234,6 +235,8 @@ class DeformableDETR(MultiScaleEncoder):
             reference = jax.nn.sigmoid(self.reference_points(query_position))
             query_position, x = (z.astype(memory.features.dtype) for z in (query_position, x))
 
+        order = nearby_first(self, memory, reference)
+        reference, query_position, x = (arrange(order, z) for z in (reference, query_position, x))
         logits, boxes = [], []
         for i, layer in enumerate(self.decoder):
             ratios = jnp.tile(valid_ratios, reference.shape[-1] // 2)
@@ -248,10 +251,11 @@ class DeformableDETR(MultiScaleEncoder):
                 boxes.append(jax.nn.sigmoid(self.bbox_embed[head](features) + offset))
             if self.config.box_refinement:
                 reference = jax.lax.stop_gradient(boxes[-1])
+        logits, boxes = (restore(order, jnp.stack(z)) for z in (logits, boxes))
         return outputs | {
             "pred_logits": logits[-1],
             "pred_boxes": boxes[-1],
-            "aux_outputs": {"pred_logits": stack(logits[:-1], logits[-1]), "pred_boxes": stack(boxes[:-1], boxes[-1])},
+            "aux_outputs": {"pred_logits": logits[:-1], "pred_boxes": boxes[:-1]},
         }
 
 
@@ -317,8 +321,3 @@ def make_bbox_embed(features: int, *, size_bias: float, rngs: nnx.Rngs) -> MLP:
     last.kernel = nnx.Param(jnp.zeros((features, 4)))
     last.bias = nnx.Param(jnp.array([0.0, 0.0, size_bias, size_bias]))
     return head
-
-
-def stack(arrays: list[jax.Array], like: jax.Array) -> jax.Array:
-    """`jnp.stack` that also takes an empty list."""
-    return jnp.stack(arrays) if arrays else jnp.zeros((0, *like.shape), like.dtype)

@@ -15,11 +15,11 @@ from detr_jax.models.deformable_detr import (
     MultiScaleEncoder,
     make_bbox_embed,
     make_class_embed,
-    stack,
     token_anchors,
 )
 from detr_jax.models.layers import MLP, capture, inverse_sigmoid, layer_norm, linear, recompute
 from detr_jax.models.position import sine_boxes
+from detr_jax.models.query_order import arrange, nearby_first, restore
 
 # Boxes nearer to 0 or 1 than this count as this near, wherever a logit of a box is taken (Deformable DETR: 1e-5).
 EPSILON = 1e-3
@@ -122,6 +122,8 @@ class DINO(MultiScaleEncoder):
             reference = jax.lax.stop_gradient(proposals["pred_boxes"])
         else:
             reference = jnp.broadcast_to(jax.nn.sigmoid(self.anchor_embed[...]), (b, config.num_queries, 4))
+        order = nearby_first(self, memory, reference)
+        x, reference = (arrange(order, z) for z in (x, reference))
         sees, n = None, 0
         if denoising is not None:
             sees, n = visible(denoising, config.num_queries), denoising.labels.shape[1]
@@ -155,8 +157,9 @@ class DINO(MultiScaleEncoder):
                 "pred_boxes": jnp.stack([z[:, :n] for z in boxes]),
             }
             logits, boxes = ([z[:, n:] for z in layers] for layers in (logits, boxes))
+        logits, boxes = (restore(order, jnp.stack(z)) for z in (logits, boxes))
         return outputs | {
             "pred_logits": logits[-1],
             "pred_boxes": boxes[-1],
-            "aux_outputs": {"pred_logits": stack(logits[:-1], logits[-1]), "pred_boxes": stack(boxes[:-1], boxes[-1])},
+            "aux_outputs": {"pred_logits": logits[:-1], "pred_boxes": boxes[:-1]},
         }

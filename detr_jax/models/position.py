@@ -12,10 +12,15 @@ from detr_jax.errors import UserError
 
 def sine(x: jax.Array, features: int, temperature: float = 10000.0) -> jax.Array:
     """Sine and cosine pairs of `x` (radians): `[...]` -> `[..., features]`."""
-    pair, odd = np.divmod(np.arange(features), 2)
+    return _sine(jnp.broadcast_to(x[..., None], (*x.shape, features)), features, temperature)
+
+
+def _sine(x: jax.Array, features: int, temperature: float) -> jax.Array:
+    """Of each coordinate its sine or cosine: `[..., n * features]`, where the frequencies are repeated `n` times."""
+    pair, odd = np.divmod(np.arange(x.shape[-1]) % features, 2)
     frequency = (temperature ** (-2 * pair / features)).astype(np.float32)
     # A cosine is a sine a quarter turn later. Stacked pairs would have to be interleaved, which a TPU does slowly.
-    return jnp.sin(x[..., None] * frequency + (math.pi / 2 * odd).astype(np.float32))
+    return jnp.sin(x * frequency + (math.pi / 2 * odd).astype(np.float32))
 
 
 def map_angles(valid: jax.Array, *, half_pixel: bool) -> jax.Array:
@@ -34,7 +39,9 @@ def map_angles(valid: jax.Array, *, half_pixel: bool) -> jax.Array:
 
 def sine_2d(angles: jax.Array, features: int, temperature: float = 10000.0) -> jax.Array:
     """2-d sine encoding of `map_angles`: `[..., 2]` -> `[..., features]`, y first. DINO's `temperature` is 20."""
-    return jnp.concatenate([sine(angles[..., i], features // 2, temperature) for i in range(2)], -1)
+    half = features // 2
+    y, x = angles[..., :1], angles[..., 1:]
+    return _sine(jnp.where(np.arange(features) < half, y, x), half, temperature)
 
 
 def sine_boxes(boxes: jax.Array, features: int) -> jax.Array:

@@ -25,7 +25,7 @@ import numpy as np
 
 from pallas_kernels import ahead_of_time
 from pallas_kernels.ms_deform_attn.api import IMPLEMENTATIONS, ms_deform_attn
-from pallas_kernels.ms_deform_attn.order import block_order
+from pallas_kernels.ms_deform_attn.order import block_order, z_order
 from pallas_kernels.ms_deform_attn.shapes import SHAPES, Shape, initial_offsets, query_centers
 from pallas_kernels.ms_deform_attn.tensorcore import TILES, UNROLL, in_tiles, touched
 
@@ -97,6 +97,8 @@ def layer_inputs(shape: Shape, dtype: jnp.dtype, spread: float) -> LayerInputs:
         "output": linear(c, np.zeros(c)),
     }
     centers = query_centers(shape, rng)
+    if shape.queries is not None:
+        centers = centers[np.argsort(z_order(centers))]  # as the models order theirs
     reference = jnp.broadcast_to(jnp.asarray(centers, jnp.float32), (shape.batch, *centers.shape))
     return LayerInputs(
         parameters, normal(shape.batch, shape.tokens, c), normal(shape.batch, len(centers), c), reference
