@@ -193,7 +193,8 @@ def print_counts(generation: str, name: str, implementation: str, spread: float,
         counts = [Count.of(ahead_of_time.bundles(folder, kernel.label)) for kernel in kernels]
         # Of a map in several parts, each part's kernel visits its share of the units: iterations count once.
         issued = sum(z.tile * units.size + z.head + z.step * -(-units.shape[-1] // TILES) * 9 for z in counts)
-        issued += max((z.iteration for z in counts), default=0) * iterations(units, part)
+        for loop, times in zip(("iteration", "rest"), iterations(units, part), strict=True):
+            issued += max((getattr(z, loop) for z in counts), default=0) * times
         vmem = max((kernel.vmem for kernel in kernels), default=0) / 2**20
         ms = (cost.cycles + cost.gathers + issued) / 1e6 / ahead_of_time.CLOCK_GHZ[generation]
         print(f"{generation:<5}{name:<10}{implementation:<16}{part:<10}", end="")

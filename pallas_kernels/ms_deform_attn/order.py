@@ -85,7 +85,7 @@ def z_order(points: Any) -> Any:
     return sum((x >> bit & 1 | (y >> bit & 1) << 1) << 2 * bit for bit in range(5))
 
 
-def _split(x: jax.Array, lengths: Sequence[int]) -> list[jax.Array]:
+def _split(x: jax.Array, lengths: Sequence[int]) -> Sequence[jax.Array]:
     """Levels of tokens. The gradient of a split is a concatenation; that of slices would be a sum of padded arrays."""
     return jax.lax.split(x, lengths, axis=1)
 
