@@ -41,6 +41,8 @@ ONE_HUNDRED = "tests/detr_jax/test_published.py::test_a_hundred_detections_per_i
 DETACHED = "tests/detr_jax/models/test_detached.py"
 ENCODER_LAYER = "detr_jax/models/encoder_layer.py"
 IMPLEMENTATIONS = "tests/detr_jax/models/test_implementations.py"
+QUERY_ORDER = "detr_jax/models/query_order.py"
+QUERY_ORDER_TESTS = "tests/detr_jax/models/test_query_order.py"
 PROJECTIONS = "pallas_kernels/ms_deform_attn/projections.py"
 PROJECTIONS_KERNELS = "pallas_kernels/ms_deform_attn/projections_kernels.py"
 PROJECTIONS_TESTS = "tests/pallas_kernels/ms_deform_attn/test_projections.py"
@@ -52,6 +54,59 @@ MUTANTS = [
         "runs * _trips(self.computations[condition])",
         "runs",
         "tests/pallas_kernels/test_compiled_program.py",
+    ),
+    # The order of a decoder's queries.
+    Mutant(
+        "query order: outputs are not put back",
+        QUERY_ORDER,
+        '"bpq,...bpc->...bqc", order',
+        '"bpq,...bpc->...bqc", jnp.eye(order.shape[1])[None].repeat(len(order), 0)',
+        QUERY_ORDER_TESTS,
+    ),
+    Mutant("query order: ties lose a query", QUERY_ORDER, " & (number < number[:, None])", "", QUERY_ORDER_TESTS),
+    Mutant(
+        "query order: along rows alone",
+        "pallas_kernels/ms_deform_attn/order.py",
+        "x >> bit & 1 | (y >> bit & 1) << 1",
+        "x >> bit & 1",
+        QUERY_ORDER_TESTS,
+    ),
+    Mutant(
+        "query order: captured queries are moved",
+        QUERY_ORDER,
+        "memory.order is None or is_captured(model)",
+        "memory.order is None",
+        QUERY_ORDER_TESTS,
+    ),
+    Mutant(
+        "query order: DINO's boxes stay",
+        "detr_jax/models/dino.py",
+        "x, reference = (arrange(order, z) for z in (x, reference))",
+        "x = arrange(order, x)",
+        QUERY_ORDER_TESTS,
+    ),
+    # The sampling's kernel.
+    Mutant(
+        "sampling's kernel: the wrong half of the units that are left",
+        "pallas_kernels/ms_deform_attn/tensorcore_kernels.py",
+        "visit(units[:half])",
+        "visit(units[half:])",
+        "tests/pallas_kernels/ms_deform_attn/test_tensorcore.py",
+    ),
+    Mutant(
+        "sampling's kernel: nothing is left after the last whole iteration",
+        "pallas_kernels/ms_deform_attn/tensorcore_walk.py",
+        "(count > self.iterations * unroll).astype(jnp.int32)",
+        "0",
+        "tests/pallas_kernels/ms_deform_attn/test_tensorcore.py",
+    ),
+    # Position encodings.
+    Mutant(
+        "position: cosines are sines",
+        "detr_jax/models/position.py",
+        "(math.pi / 2 * odd)",
+        "(0 * odd)",
+        "tests/detr_jax/models/test_parity.py",
     ),
     # The feed-forward kernel.
     Mutant(
