@@ -111,17 +111,15 @@ def _layer_terms(pred_logits, pred_boxes, labels, boxes_cxcywh, num_boxes, whole
         unmatched = len(whole) * q - total_matched
         loss_ce = jnp.sum(weight * nll) / (total_matched + config.no_object_weight * unmatched)
 
-    # A target without a query is compared with itself: a difference of 0, and no gradient. Coordinates are taken with
-    # the queries last: on a TPU the gradient, zeros with a few boxes, is 30 times as large with coordinates last.
-    queries = jnp.where(matched, indices, 0)
-    taken = jnp.take_along_axis(pred_boxes.swapaxes(1, 2), queries[:, None], axis=2).swapaxes(1, 2)
-    matched_boxes = jnp.where(matched[..., None], taken, boxes)
+    # A target without a query is compared with itself: a difference of 0, and no gradient.
+    queries = jnp.where(matched, indices, 0)[..., None]
+    matched_boxes = jnp.where(matched[..., None], jnp.take_along_axis(pred_boxes, queries, axis=1), boxes)
     loss_bbox = jnp.sum(jnp.abs(matched_boxes - boxes)) / total_boxes
     giou = aligned_generalized_box_iou(cxcywh_to_xyxy(matched_boxes), cxcywh_to_xyxy(boxes), config.giou_epsilon)
     loss_giou = jnp.sum(1 - giou, where=matched) / total_boxes
 
     best = jnp.argmax(logits, axis=-1)
-    correct = matched & (jnp.take_along_axis(best, queries, axis=1) == labels)
+    correct = matched & (jnp.take_along_axis(best, queries[..., 0], axis=1) == labels)
     class_error = 100 * len(labels) / len(whole) - 100 * jnp.sum(correct) / jnp.maximum(total_matched, 1)
     cardinality_error = jnp.sum(jnp.abs(jnp.sum(best != k - 1, axis=-1) - num_boxes)) / len(whole)
     return {
