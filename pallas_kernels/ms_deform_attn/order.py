@@ -79,7 +79,7 @@ class BlockOrder:
 def z_order(points: Any) -> Any:
     """Numbers of points along Morton's Z-shaped curve through 32 x 32 cells: near on it is mostly near on the map.
 
-    Queries in its order make tiles that visit few units. `[..., 2]` (x, y) in 0-1, of NumPy or JAX -> int32 `[...]`.
+    Queries in its order make tiles that visit few units. `[..., 2]`, or more after (x, y), in 0-1 -> int32 `[...]`.
     """
     x, y = ((32 * points[..., i]).clip(0, 31).astype(np.int32) for i in range(2))
     return sum((x >> bit & 1 | (y >> bit & 1) << 1) << 2 * bit for bit in range(5))
