@@ -79,6 +79,13 @@ MUTANTS = [
         QUERY_ORDER_TESTS,
     ),
     Mutant(
+        "query order: denoising queries see those that were there before",
+        "detr_jax/models/dino.py",
+        "arrange_visible(order, sees)",
+        "sees",
+        QUERY_ORDER_TESTS,
+    ),
+    Mutant(
         "query order: DINO's boxes stay",
         "detr_jax/models/dino.py",
         "x, reference = (arrange(order, z) for z in (x, reference))",

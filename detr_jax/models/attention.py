@@ -47,7 +47,7 @@ class MultiHeadAttention(nnx.Module):
     ):
         """`query [b, q, c]`, `key`, `value [b, s, c]`, `key_valid [b, s]`, `visible [q, s]` -> `[b, q, c]`.
 
-        `visible` says which query sees which key; each must see one.
+        `visible`, or `[b, 1, q, s]`, says which query sees which key; each must see one.
         """
 
         def heads(x):

@@ -19,7 +19,7 @@ from detr_jax.models.deformable_detr import (
 )
 from detr_jax.models.layers import MLP, capture, inverse_sigmoid, layer_norm, linear, recompute
 from detr_jax.models.position import sine_boxes
-from detr_jax.models.query_order import arrange, nearby_first, restore
+from detr_jax.models.query_order import arrange, arrange_visible, nearby_first, restore
 
 # Boxes nearer to 0 or 1 than this count as this near, wherever a logit of a box is taken (Deformable DETR: 1e-5).
 EPSILON = 1e-3
@@ -122,8 +122,6 @@ class DINO(MultiScaleEncoder):
             reference = jax.lax.stop_gradient(proposals["pred_boxes"])
         else:
             reference = jnp.broadcast_to(jax.nn.sigmoid(self.anchor_embed[...]), (b, config.num_queries, 4))
-        order = nearby_first(self, memory, reference)
-        x, reference = (arrange(order, z) for z in (x, reference))
         sees, n = None, 0
         if denoising is not None:
             sees, n = visible(denoising, config.num_queries), denoising.labels.shape[1]
@@ -133,6 +131,9 @@ class DINO(MultiScaleEncoder):
             x, reference = jnp.concatenate([content, x], 1), jnp.concatenate([boxes, reference], 1)
         x = x.astype(memory.features.dtype)
 
+        order = nearby_first(self, memory, reference)
+        x, reference = (arrange(order, z) for z in (x, reference))
+        sees = arrange_visible(order, sees)
         logits, boxes = [], []
         detached = reference
         for i, layer in enumerate(self.decoder):
@@ -151,13 +152,10 @@ class DINO(MultiScaleEncoder):
                 refined = jax.nn.sigmoid(bbox_embed(x.astype(jnp.float32)) + inverse_sigmoid(detached, EPSILON))
             detached = jax.lax.stop_gradient(refined)
             reference = refined if config.look_forward_twice else detached
-        if denoising is not None:
-            outputs["dn_outputs"] = {
-                "pred_logits": jnp.stack([z[:, :n] for z in logits]),
-                "pred_boxes": jnp.stack([z[:, :n] for z in boxes]),
-            }
-            logits, boxes = ([z[:, n:] for z in layers] for layers in (logits, boxes))
         logits, boxes = (restore(order, jnp.stack(z)) for z in (logits, boxes))
+        if denoising is not None:
+            outputs["dn_outputs"] = {"pred_logits": logits[:, :, :n], "pred_boxes": boxes[:, :, :n]}
+            logits, boxes = logits[:, :, n:], boxes[:, :, n:]
         return outputs | {
             "pred_logits": logits[-1],
             "pred_boxes": boxes[-1],

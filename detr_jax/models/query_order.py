@@ -38,6 +38,14 @@ def arrange(order: jax.Array | None, x: jax.Array) -> jax.Array:
     return jnp.einsum("bpq,bqc->bpc", order.astype(x.dtype), x, precision=jax.lax.Precision.HIGHEST)
 
 
+def arrange_visible(order: jax.Array | None, visible: jax.Array | None) -> jax.Array | None:
+    """Which query sees which, bool `[q, q]`, in that order: `[b, 1, q, q]`, the same for all heads."""
+    if order is None or visible is None:
+        return visible
+    there, seen = (z.astype(jnp.bfloat16) for z in (order, visible))  # ones and zeros
+    return (jnp.einsum("bpq,qr,bsr->bps", there, seen, there) > 0.5)[:, None]
+
+
 def restore(order: jax.Array | None, x: jax.Array) -> jax.Array:
     """Undoes `arrange`, of `[..., b, q, c]`."""
     if order is None:
