@@ -425,10 +425,9 @@ MUTANTS = [
         Mutant(
             f"{what} is not resumed",
             "detr_jax/training.py",
-            "            lambda: store.restore(str(run.output_dir), shapes, start, verify=False),\n",
-            "            lambda: init_state(run.config, run.optimizer, run.mesh, run.categories)[1]\n"
-            "            | store.restore(str(run.output_dir), "
-            f'{{name: leaf for name, leaf in shapes.items() if name != "{entry}"}}, start, verify=False),\n',
+            "        return store.restore(str(run.output_dir), shapes, start, verify=False)\n",
+            "        return initialize() | store.restore(str(run.output_dir), "
+            f'{{name: leaf for name, leaf in shapes.items() if name != "{entry}"}}, start, verify=False)\n',
             f"{PROMISES} -k resumed",
         )
         for what, entry in (("the optimizer's state", "opt_state"), ("the average", "ema"))

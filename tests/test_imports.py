@@ -110,7 +110,7 @@ def test_a_part_imports_what_the_table_allows(path):
         f"{path.name} imports {sorted(parts - ALLOWED[here])}, which the table does not allow"
     )
     if "pallas_kernels" in parts:
-        users = ("attention.py", "deform_conv.py", "encoder_layer.py", "layers.py", "plan.py")
+        users = ("attention.py", "deform_conv.py", "encoder_layer.py", "layers.py", "plan.py", "query_order.py")
         assert path.name in users, f"only {', '.join(users)} import pallas_kernels"
     if here == "pallas_kernels":
         assert not [name for name in imports(path) if name.split(".")[0] in ("detr_jax", "flax")]

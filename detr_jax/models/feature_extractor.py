@@ -15,6 +15,7 @@ class DeformableEncoder(MultiScaleEncoder):
     def __init__(self, detector: MultiScaleEncoder):
         detector = nnx.clone(detector)
         self.config = detector.config
+        self.half_pixel, self.temperature = detector.half_pixel, detector.temperature
         self.backbone, self.input_proj = detector.backbone, detector.input_proj
         self.level_embed, self.encoder = detector.level_embed, detector.encoder
 

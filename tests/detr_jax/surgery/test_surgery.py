@@ -552,7 +552,11 @@ def test_moving_average_of_a_run(tmp_path):
         surgery.moving_average(tmp_path / "none")
 
 
-@pytest.mark.parametrize("config", [MULTI, dataclasses.replace(DETR, pre_norm=True)], ids=["deformable", "detr"])
+@pytest.mark.parametrize(
+    "config",
+    [MULTI, dataclasses.replace(DETR, pre_norm=True), dataclasses.replace(DINO, decoder_layers=1)],
+    ids=["deformable", "detr", "dino"],
+)
 def test_extracted_features_are_what_the_decoder_attends_to(config):
     old = loaded(config)
     extractor = surgery.extract_encoder(old)
