@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from convergence_cells import RATES, choose_rate
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -130,17 +131,20 @@ def hardware(found: Sequence[Result]) -> str:
 
 
 def rate_table(found: Sequence[Result]) -> list[str]:
-    """Learning rates tried."""
-    groups = by_model(found, "try")
-    used = {r["model"]: r["lr"] for r in found if r["part"] == "main"}
-    rates = sorted({r["lr"] for r in found if r["part"] == "try"})
+    """Learning rates tried, and, of a model with all its tries, the one that its other trainings take."""
     rows = []
-    for model, runs in groups.items():
-        ends = {run["lr"]: run["curve"][-1] for run in runs}
-        cells = [f"{ends[r]['AP']:.3f}, {ends[r]['loss']:.2f}" if r in ends else "-" for r in rates]
-        rows.append([NAMES[model], *cells, f"{used[model]:g}" if model in used else "-"])
+    for model in NAMES:
+        runs = [run for run in found if run["part"] == "try" and run["model"] == model]
+        if not runs:
+            continue
+        curves = {run["lr"]: run["curve"] for run in runs}
+        ends = {
+            r: f"{curve[-1]['AP']:.3f}, {curve[-1]['loss']:.2f}" if curve else "diverged" for r, curve in curves.items()
+        }
+        taken = f"{choose_rate(runs):g}" if set(RATES) <= set(curves) and any(curves.values()) else "-"
+        rows.append([NAMES[model], *(ends.get(rate, "-") for rate in RATES), taken])
     title = "Learning rates tried: AP on the held-out training images, loss of the last epoch."
-    return table(title, ["", *(f"{rate:g}" for rate in rates), "taken"], rows)
+    return table(title, ["", *(f"{rate:g}" for rate in RATES), "taken"], rows)
 
 
 def main_table(found: Sequence[Result]) -> list[str]:

@@ -204,7 +204,10 @@ def test_figures_and_tables(study, figures, tmp_path, capsys):
         result(study, study.Cell("bccd", "main", "multi_scale"), [0.2, 0.3, 0.4, 0.5]),
         result(study, study.Cell("bccd", "main", "multi_scale", 1), [0.1, 0.3, 0.4, 0.5]),
         result(study, study.Cell("bccd", "main", "single_scale"), [0.1, 0.1, 0.1, 0.1]),
-        result(study, study.Cell("bccd", "try", "detr", rate=1e-4), [0.01], lr=1e-4),
+        result(study, study.Cell("bccd", "try", "detr", rate=1e-4), [0.01], lr=1e-4, loss=3),
+        result(study, study.Cell("bccd", "try", "two_stage", rate=1e-4), [0.1], lr=1e-4, loss=2),
+        result(study, study.Cell("bccd", "try", "two_stage", rate=3e-4), [0.3], lr=3e-4, loss=2),
+        result(study, study.Cell("bccd", "try", "two_stage", rate=1e-3), [], lr=1e-3),
         result(study, study.Cell("bccd", "cost", "detr"), [], **cost),
         result(study, study.Cell("bccd", "demo", "demo"), [0.1, 0.3]),
         result(study, study.Cell("bccd", "demo", "demo", 1), [0.2, 0.5]),
@@ -221,6 +224,8 @@ def test_figures_and_tables(study, figures, tmp_path, capsys):
     assert "seed 0: 0.200 at epoch 3; seed 1: 0.300 at epoch 4" in text
     assert "| DETR | 4 | 2 | 0.250 (0.200 to 0.300) | 0.500 (0.400 to 0.600) | - |" in text
     assert "| DETR | 1,000 | 2.5 | 0.12 |" in text
+    assert "| DETR | 0.010, 3.00 | - | - | - |" in text, "a rate is chosen among all tries"
+    assert "| ++ two-stage | 0.100, 2.00 | 0.300, 2.00 | diverged | 0.0003 |" in text
     assert "| the demo's config | 2 | 0.400 (0.300 to 0.500) | 0.800 (0.600 to 1.000) | - |" in text
     assert "| with deformable convolutions in C3 to C5 | 1 | 0.450 | 0.900 | - |" in text
     assert "| DETR, encoder | 20 | 3.00 | 3.00 (100%) | 1.00 (33%) |" in text
