@@ -11,12 +11,7 @@ from detr_jax.errors import UserError
 
 
 def sine(x: jax.Array, features: int, temperature: float = 10000.0) -> jax.Array:
-    """Sine and cosine pairs of `x` (radians): `[...]` -> `[..., features]`."""
-    return _sine(jnp.broadcast_to(x[..., None], (*x.shape, features)), features, temperature)
-
-
-def _sine(x: jax.Array, features: int, temperature: float) -> jax.Array:
-    """Of each coordinate its sine or cosine: `[..., n * features]`, where the frequencies are repeated `n` times."""
+    """Sine and cosine pairs of `x` (radians), `[..., n * features]`: the frequencies repeat after `features`."""
     pair, odd = np.divmod(np.arange(x.shape[-1]) % features, 2)
     frequency = (temperature ** (-2 * pair / features)).astype(np.float32)
     # A cosine is a sine a quarter turn later. Stacked pairs would have to be interleaved, which a TPU does slowly.
@@ -41,12 +36,12 @@ def sine_2d(angles: jax.Array, features: int, temperature: float = 10000.0) -> j
     """2-d sine encoding of `map_angles`: `[..., 2]` -> `[..., features]`, y first. DINO's `temperature` is 20."""
     half = features // 2
     y, x = angles[..., :1], angles[..., 1:]
-    return _sine(jnp.where(np.arange(features) < half, y, x), half, temperature)
+    return sine(jnp.where(np.arange(features) < half, y, x), half, temperature)
 
 
 def sine_boxes(boxes: jax.Array, features: int) -> jax.Array:
     """Sine encoding of normalized coordinates: `[..., 4]` -> `[..., 4 * features]` (two-stage queries)."""
-    return sine(boxes * 2 * math.pi, features).reshape(*boxes.shape[:-1], -1)
+    return sine(jnp.repeat(boxes * 2 * math.pi, features, -1), features)
 
 
 class LearnedMap(nnx.Module):
